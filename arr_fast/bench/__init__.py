@@ -1,0 +1,1 @@
+"""Benchmarks: workloads, the engines to compare against, and checkpoints to run them on."""

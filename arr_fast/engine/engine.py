@@ -1,0 +1,426 @@
+"""The engine: conversations in, label log-odds out, with caches, batching and retries."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arr_fast.engine.cache import ByteLRU, PrefixPool
+from arr_fast.engine.families import ImageFeatures
+from arr_fast.engine.model import LoadedModel
+from arr_fast.engine.planner import (
+    ImageTable,
+    Path,
+    PrefixCacheMode,
+    build_paths,
+    estimate_rows,
+    plan_forest,
+    token_batches,
+)
+from arr_fast.engine.runner import ForestRunner, LabelHead
+from arr_fast.errors import PromptTooLongError
+from arr_fast.images import CanonicalImage
+from arr_fast.ops import resolve_impl
+from arr_fast.prompts import Part, PromptEncoder
+
+logger = logging.getLogger("arr_fast")
+
+LabelIds = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an engine; all sizes are bytes unless named otherwise.
+
+    Attributes:
+        impl: "auto", "torch", "triton", "flash", "xformers" or "reference".
+        compile: True compiles every decoder layer, "auto" does so where a compiler is found.
+        feature_cache_bytes: Budget of the image-feature cache.
+        prefix_cache_bytes: Budget of the prefix-KV pool.
+        prefix_cache: What the pool keeps: "off", "text" before the first image, or "images".
+        max_batch_rows: Rows of one forward; None derives it from `activation_bytes`.
+        activation_bytes: Memory that one forward may use beside the weights; None is 2 GiB on a
+            CPU and half of the free memory on a GPU.
+        max_vision_patches: Patches of one vision forward.
+    """
+
+    impl: str = "auto"
+    compile: bool | str = False
+    feature_cache_bytes: int = 1 << 30
+    prefix_cache_bytes: int = 1 << 28
+    prefix_cache: PrefixCacheMode = "text"
+    max_batch_rows: int | None = None
+    activation_bytes: int | None = None
+    max_vision_patches: int = 65536
+
+    def __post_init__(self) -> None:
+        if self.prefix_cache not in ("off", "text", "images"):
+            raise ValueError(f"prefix_cache must be off, text or images, got {self.prefix_cache!r}")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}")
+        if self.max_batch_rows is not None and self.max_batch_rows < 1:
+            raise ValueError(f"max_batch_rows must be at least 1, got {self.max_batch_rows}")
+
+
+@dataclass
+class EngineCounters:
+    """What an engine has done since it was made."""
+
+    forwards: int = 0
+    rows: int = 0
+    path_tokens: int = 0
+    verdicts: int = 0
+    splits: int = 0
+    image_encodes: int = 0
+    vision_seconds: float = 0.0
+    decoder_seconds: float = 0.0
+    plan_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PathResult:
+    """Log-sum-exp of each label's logits at the end of one path, and of the vocabulary.
+
+    Attributes:
+        labels: float32 [L].
+        vocab_lse: Natural-log normaliser, or NaN when label_mass was not asked for.
+    """
+
+    labels: np.ndarray
+    vocab_lse: float
+
+
+@dataclass
+class _Pending:
+    """Label logits still on the device, with the paths they belong to."""
+
+    where: list[tuple[int, int]] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    lse: list[Tensor] = field(default_factory=list)
+
+
+class Engine:
+    """Scores conversations with one loaded model. Calls are serialised by a lock.
+
+    Args:
+        loaded: The model.
+        config: Settings.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.loaded = loaded
+        self.config = config or EngineConfig()
+        self.adapter = loaded.adapter
+        self.impl = resolve_impl(self.config.impl, str(loaded.device))
+        self.compiled = _resolve_compile(self.config.compile, loaded.device)
+        self.prompts = PromptEncoder(
+            self.adapter.tokenizer,
+            image_token=self.adapter.image_token,
+            expand_image=self.adapter.expand_image,
+        )
+        self.epoch = 0
+        self.counters = EngineCounters()
+        self.features_cache: ByteLRU[ImageFeatures] = ByteLRU(self.config.feature_cache_bytes)
+        self.pool = self._make_pool()
+        self._heads: dict[tuple[LabelIds, bool], LabelHead] = {}
+        self.lock = threading.RLock()
+        self.runner = self._make_runner()
+
+    def image_features(self, images: Sequence[CanonicalImage]) -> dict[str, ImageFeatures]:
+        """Features of some images, from the cache or the vision tower.
+
+        Args:
+            images: Any images; equal content is encoded once.
+
+        Returns:
+            content hash -> features.
+        """
+        found: dict[str, ImageFeatures] = {}
+        missing: dict[str, CanonicalImage] = {}
+        settings = self.adapter.settings_hash()
+        for image in images:
+            key = image.content_hash
+            if key in found or key in missing:
+                continue
+            features = self.features_cache.get((key, settings, self.epoch))
+            if features is None:
+                missing[key] = image
+            else:
+                found[key] = features
+        todo = list(missing.values())
+        patches = [self.adapter.vision_tokens(image) for image in todo]
+        started = time.perf_counter()
+        for batch in token_batches(patches, self.config.max_vision_patches):
+            encoded = self._encode_images([todo[i] for i in batch])
+            for i, features in zip(batch, encoded, strict=True):
+                found[todo[i].content_hash] = features
+                self.features_cache.put((todo[i].content_hash, settings, self.epoch), features)
+        self.counters.image_encodes += len(todo)
+        self.counters.vision_seconds += time.perf_counter() - started
+        return found
+
+    def paths(
+        self,
+        parts: Sequence[Part],
+        leaves: Sequence[str],
+        images: Sequence[CanonicalImage],
+        features: dict[str, ImageFeatures],
+        table: ImageTable,
+        name: str,
+    ) -> list[Path]:
+        """Conversations of one item that share everything up to their last image.
+
+        Args:
+            parts: The shared part; image slots index `images`.
+            leaves: What each conversation adds.
+            images: The item's images, as the slots number them.
+            features: Content hash -> features, for all of them.
+            table: The call's image numbers.
+            name: What to call the item in an error.
+
+        Raises:
+            PromptTooLongError: A path is longer than the model's context.
+        """
+        shown = [features[image.content_hash] for image in images]
+        runs, tails = self.prompts.encode_leaves(parts, leaves, [f.count for f in shown])
+        positions = self.adapter.positions(runs, [f.grid for f in shown])
+        paths = build_paths(runs, tails, positions, images, table)
+        limit = int(self.adapter.text_config.max_position_embeddings)
+        longest = max(len(path.sequence) for path in paths)
+        if longest > limit:
+            raise PromptTooLongError(
+                f"{name}: the prompt has {longest} tokens, the model's context holds {limit}"
+            )
+        return paths
+
+    def score(
+        self,
+        items: Sequence[Sequence[Path]],
+        labels: LabelIds,
+        table: ImageTable,
+        features: dict[str, ImageFeatures],
+        label_mass: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[PathResult] | BaseException]:
+        """Reads the labels at the end of every path.
+
+        Args:
+            items: Paths by item; an item that fails does not take others down.
+            labels: Token variants of each label.
+            table: The call's image numbers.
+            features: Content hash -> features.
+            label_mass: Also read the vocabulary's log-sum-exp.
+            progress: Told how many items each finished batch held.
+
+        Returns:
+            For each item its results in order, or the exception that it raised.
+        """
+        with self.lock:
+            head = self._head(labels, label_mass)
+            pending = _Pending()
+            failed: dict[int, BaseException] = {}
+            rows = [estimate_rows(paths) for paths in items]
+            for batch in token_batches(rows, self._batch_rows()):
+                work = [(i, j) for i in batch for j in range(len(items[i]))]
+                self._run(items, work, head, table, features, pending, failed)
+                if progress is not None:
+                    progress(len(batch))
+            return self._collect(items, pending, failed)
+
+    def reset_weights(self) -> None:
+        """Call after the weights changed: nothing computed from the old ones is used again."""
+        with self.lock:
+            self.epoch += 1
+            self._heads.clear()
+            self.clear_caches()
+
+    def clear_caches(self) -> None:
+        """Drops image features and cached prefixes."""
+        with self.lock:
+            self.features_cache.clear()
+            self.pool.clear()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, cache statistics and choices."""
+        counters = self.counters
+        shared = 1 - counters.rows / counters.path_tokens if counters.path_tokens else 0.0
+        return {
+            "impl": self.impl,
+            "compiled": self.compiled,
+            "weights_epoch": self.epoch,
+            **{name: getattr(counters, name) for name in counters.__dataclass_fields__},
+            "tokens_not_recomputed": shared,
+            "image_features": self.features_cache.stats.as_dict(),
+            "prefix_kv": self.pool.stats.as_dict(),
+        }
+
+    def _encode_images(self, images: Sequence[CanonicalImage]) -> list[ImageFeatures]:
+        with torch.inference_mode():
+            return self.adapter.encode_images(images)
+
+    def _run(
+        self,
+        items: Sequence[Sequence[Path]],
+        work: list[tuple[int, int]],
+        head: LabelHead,
+        table: ImageTable,
+        features: dict[str, ImageFeatures],
+        pending: _Pending,
+        failed: dict[int, BaseException],
+    ) -> None:
+        """One forward; on lack of memory its halves, down to a single path."""
+        try:
+            logits, lse = self._forward([items[i][j] for i, j in work], head, table, features)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(work) == 1:
+                failed[work[0][0]] = error
+                return
+            self.counters.splits += 1
+            logger.warning("out of memory on %d paths; splitting the forest", len(work))
+            error.__traceback__ = None
+            if self.loaded.device.type == "cuda":
+                torch.cuda.empty_cache()
+            middle = _split_point(work)
+            for half in (work[:middle], work[middle:]):
+                self._run(items, half, head, table, features, pending, failed)
+            return
+        pending.where += work
+        pending.logits.append(logits)
+        pending.lse.append(lse)
+
+    def _forward(
+        self,
+        paths: Sequence[Path],
+        head: LabelHead,
+        table: ImageTable,
+        features: dict[str, ImageFeatures],
+    ) -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
+        salt = f"{self.epoch}:{self.adapter.settings_hash()}".encode()
+        plan = plan_forest(paths, table, features, self.pool, self.config.prefix_cache, salt)
+        planned = time.perf_counter()
+        try:
+            result = self.runner.run(
+                plan.forest, plan.features, plan.feature_index, head, self.pool, plan.store
+            )
+        except BaseException:
+            self.pool.discard(plan.reserved)
+            raise
+        finally:
+            self.pool.unpin()
+        counters = self.counters
+        counters.forwards += 1
+        counters.rows += plan.forest.rows
+        counters.path_tokens += sum(len(path.sequence) for path in paths)
+        counters.verdicts += len(paths)
+        counters.plan_seconds += planned - started
+        counters.decoder_seconds += time.perf_counter() - planned
+        return result
+
+    def _collect(
+        self,
+        items: Sequence[Sequence[Path]],
+        pending: _Pending,
+        failed: dict[int, BaseException],
+    ) -> list[list[PathResult] | BaseException]:
+        """One copy from the device for the whole call."""
+        results: list[list[Any]] = [[None] * len(paths) for paths in items]
+        if pending.where:
+            logits = torch.cat(pending.logits).cpu().numpy()
+            lse = torch.cat(pending.lse).cpu().numpy()
+            for number, (i, j) in enumerate(pending.where):
+                mass = float(lse[number]) if len(lse) else float("nan")
+                results[i][j] = PathResult(logits[number], mass)
+        return [failed[i] if i in failed else results[i] for i in range(len(items))]
+
+    def _head(self, labels: LabelIds, label_mass: bool) -> LabelHead:
+        key = (labels, label_mass)
+        if key not in self._heads:
+            weight = self.adapter.output_weight()
+            flat = [token for variants in labels for token in variants]
+            bounds = np.cumsum([0, *(len(variants) for variants in labels)]).astype(np.int32)
+            self._heads[key] = LabelHead(
+                rows=weight[torch.tensor(flat, device=weight.device)].contiguous(),
+                ptr=torch.from_numpy(bounds).to(weight.device),
+                vocab=weight if label_mass else weight[:0],
+            )
+        return self._heads[key]
+
+    def _batch_rows(self) -> int:
+        if self.config.max_batch_rows is not None:
+            return self.config.max_batch_rows
+        budget = self.config.activation_bytes
+        if budget is None:
+            budget = 2 << 30
+            if self.loaded.device.type == "cuda":
+                budget = torch.cuda.mem_get_info(self.loaded.device)[0] // 2
+        return max(1, budget // self.row_bytes())
+
+    def row_bytes(self) -> int:
+        """Bytes of activations that one row needs at the widest point of a decoder layer."""
+        config = self.adapter.text_config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = getattr(config, "intermediate_size", 0) or 0
+        experts = getattr(config, "num_experts_per_tok", 0) or 0
+        width = max(width, experts * (getattr(config, "moe_intermediate_size", 0) or 0))
+        attention = 4 * config.hidden_size + head_dim * (4 * heads + 4 * kv_heads)
+        mlp = 3 * config.hidden_size + 3 * width
+        return max(attention, mlp) * torch.empty(0, dtype=self.loaded.dtype).element_size()
+
+    def _make_pool(self) -> PrefixPool:
+        config = self.adapter.text_config
+        heads = config.num_attention_heads
+        budget = 0 if self.config.prefix_cache == "off" else self.config.prefix_cache_bytes
+        return PrefixPool(
+            layers=len(self.adapter.layers),
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            budget=budget,
+            dtype=self.loaded.dtype,
+            device=self.loaded.device,
+        )
+
+    def _make_runner(self) -> ForestRunner:
+        layers = list(self.adapter.layers)
+        calls: list[Any] = layers
+        if self.compiled:
+            calls = [torch.compile(layer, dynamic=False) for layer in layers]
+        return ForestRunner(self.adapter, self.impl, calls, pad=self.compiled)
+
+
+def _resolve_compile(choice: bool | str, device: torch.device) -> bool:
+    """Whether to compile; "auto" says why not."""
+    if choice is False:
+        return False
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        if choice is True:
+            raise RuntimeError("compile=True needs a C++ compiler (g++ or clang++) on a CPU")
+        logger.warning("compile=auto: no C++ compiler found, running eager")
+        return False
+    return True
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or "not enough memory" in text or "out of memory" in text
+
+
+def _split_point(work: list[tuple[int, int]]) -> int:
+    """The middle of the work, moved to a border between items where there is one."""
+    middle = len(work) // 2
+    borders = [n for n in range(1, len(work)) if work[n][0] != work[n - 1][0]]
+    return min(borders, key=lambda n: abs(n - middle)) if borders else middle
