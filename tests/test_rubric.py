@@ -237,14 +237,14 @@ def test_bad_files_are_named(tmp_path, name, content, expected):
 
 
 def test_missing_file_and_wrong_task(tmp_path):
-    with pytest.raises(RubricError, match="gone.yaml"):
+    with pytest.raises(RubricError, match=r"gone\.yaml"):
         Rubric.load(tmp_path / "gone.yaml")
     rubric(task="edit").save(tmp_path / "e.yaml")
     with pytest.raises(RubricError, match="is a rubric for edit"):
         Rubric.load(tmp_path / "e.yaml", task="t2i")
 
 
-@given(st.lists(st.text(max_size=12), min_size=1, max_size=12))
+@given(st.lists(st.text(alphabet="ab _é日!", max_size=6), min_size=1, max_size=6))
 def test_slugs_are_unique_and_valid(texts):
     found = slugs(texts)
     assert len(set(found)) == len(texts)

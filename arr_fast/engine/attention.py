@@ -124,8 +124,7 @@ def varlen_attention(
             count += 1
         span = slice(start, start + length * count)
         q, k, v = (
-            x[0, :, span].unflatten(1, (count, length)).transpose(0, 1)
-            for x in (query, key, value)
+            x[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value)
         )
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))

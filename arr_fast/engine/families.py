@@ -85,7 +85,7 @@ class FamilyAdapter:
         """[V, H], the output embedding."""
         head = self.model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
-            raise UnsupportedModelError(f"{self.model.config.model_type}: lm_head has a bias")
+            raise UnsupportedModelError(self.model.config.model_type, reason="lm_head has a bias")
         weight: Tensor = head.weight
         return weight
 
@@ -261,13 +261,8 @@ def adapter_for(model: Any, tokenizer: Any, image_processor: Any) -> FamilyAdapt
     """
     kind = model.config.model_type
     if kind not in FAMILIES:
-        raise UnsupportedModelError(unsupported(kind))
+        raise UnsupportedModelError(kind, FAMILIES)
     return FAMILIES[kind](model, tokenizer, image_processor)
-
-
-def unsupported(kind: str) -> str:
-    """The message for an unknown model type."""
-    return f"model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
 
 
 def refuse_unsupported_text(kind: str, config: Any) -> None:
@@ -279,10 +274,8 @@ def refuse_unsupported_text(kind: str, config: Any) -> None:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     odd = layer_types - {"full_attention"}
     if odd:
-        raise UnsupportedModelError(
-            f"{kind}: text layers of type {', '.join(sorted(odd))} are not supported, "
-            "only full attention is; supported model types: " + ", ".join(sorted(FAMILIES))
-        )
+        reason = f"its text layers of type {', '.join(sorted(odd))} are not full attention"
+        raise UnsupportedModelError(kind, FAMILIES, reason)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None):
-            raise UnsupportedModelError(f"{kind}: {name} is not supported")
+            raise UnsupportedModelError(kind, FAMILIES, f"{name} is not expressible")

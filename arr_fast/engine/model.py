@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from arr_fast.engine import attention
-from arr_fast.engine.families import FAMILIES, FamilyAdapter, adapter_for, unsupported
+from arr_fast.engine.families import FAMILIES, FamilyAdapter, adapter_for
 from arr_fast.errors import ArrFastError, MissingDependencyError, UnsupportedModelError
 
 logger = logging.getLogger("arr_fast")
@@ -34,6 +35,7 @@ class LoadedModel:
         device: Where it runs.
         dtype: Of its activations.
         quantization: "int8", "fp8" or None.
+        reload: Reads the weights again, on the CPU, adapter merged.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     quantization: str | None
+    reload: Callable[[], Any]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -75,7 +78,7 @@ def resolve_path(name: str | Path) -> str:
 
         return str(judge_directory())
     if text.startswith("builtin:"):
-        raise UnsupportedModelError(f"unknown bundled model {text!r}; there is builtin:shapes")
+        raise UnsupportedModelError(text, ["builtin:shapes"], "no such bundled model")
     if text.startswith("random:"):
         from arr_fast.bench.random_models import resolve_model
 
@@ -111,12 +114,15 @@ def load_model(
     target, kind = resolve_device(device), resolve_dtype(dtype, resolve_device(device))
     config = AutoConfig.from_pretrained(path, revision=revision)
     if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(unsupported(config.model_type))
-    model = AutoModelForImageTextToText.from_pretrained(
-        path, revision=revision, dtype=kind, attn_implementation="sdpa"
-    )
-    if adapter is not None:
-        model = _merge_adapter(model, adapter)
+        raise UnsupportedModelError(config.model_type, FAMILIES)
+
+    def read() -> Any:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, revision=revision, dtype=kind, attn_implementation="sdpa"
+        )
+        return model if adapter is None else _merge_adapter(model, adapter)
+
+    model = read()
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
     model = model.to(target).eval().requires_grad_(False)
@@ -135,6 +141,7 @@ def load_model(
         device=target,
         dtype=kind,
         quantization=quantization,
+        reload=read,
     )
 
 
@@ -158,9 +165,7 @@ def quantize_decoder(family: FamilyAdapter, quantization: str) -> None:
             quantize_,
         )
     except ImportError as error:
-        raise MissingDependencyError(
-            f'quantization="{quantization}" needs torchao; pip install "arr-fast[quant]"'
-        ) from error
+        raise MissingDependencyError("torchao", "quant") from error
     schemes = {
         "int8": Int8DynamicActivationInt8WeightConfig,
         "fp8": Float8DynamicActivationFloat8WeightConfig,
@@ -173,7 +178,7 @@ def _merge_adapter(model: Any, adapter: str | Path) -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise MissingDependencyError("an adapter needs peft; pip install peft") from error
+        raise MissingDependencyError("peft") from error
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 

@@ -12,12 +12,17 @@ from functools import lru_cache
 
 import torch
 
-from arr_fast.errors import MissingDependencyError
+from arr_fast.errors import ArrFastError, MissingDependencyError
 from arr_fast.ops.prefix_attention import prefix_attention
 from arr_fast.ops.verdict_head import verdict_head
 
 logger = logging.getLogger("arr_fast")
 
+_PACKAGES = {
+    "triton": ("triton", ""),
+    "flash": ("flash_attn", "cuda"),
+    "xformers": ("xformers", "cuda"),
+}
 IMPLS = ("torch", "triton", "flash", "xformers", "reference")
 
 __all__ = ["IMPLS", "impl_status", "prefix_attention", "resolve_impl", "verdict_head"]
@@ -35,14 +40,9 @@ def impl_status(device: torch.device | str) -> dict[str, str]:
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     status = {"torch": "available", "reference": "available"}
-    for name, package, extra in (
-        ("triton", "triton", ""),
-        ("flash", "flash_attn", "cuda"),
-        ("xformers", "xformers", "cuda"),
-    ):
+    for name, (package, extra) in _PACKAGES.items():
         if importlib.util.find_spec(package) is None:
-            hint = f'; pip install "arr-fast[{extra}]"' if extra else ""
-            status[name] = f"{package} is not installed{hint}"
+            status[name] = str(MissingDependencyError(package, extra))
         elif not on_gpu:
             status[name] = f"needs a GPU; the device is {device}"
         else:
@@ -60,14 +60,17 @@ def resolve_impl(impl: str, device: str) -> str:
 
     Raises:
         ValueError: An unknown impl.
-        MissingDependencyError: An explicit impl that cannot run here.
+        MissingDependencyError: An explicit impl whose package is missing.
+        ArrFastError: An explicit impl that cannot run on the device.
     """
     if impl != "auto":
         if impl not in IMPLS:
             raise ValueError(f"impl must be auto or one of {', '.join(IMPLS)}, got {impl!r}")
+        if impl in _PACKAGES and importlib.util.find_spec(_PACKAGES[impl][0]) is None:
+            raise MissingDependencyError(*_PACKAGES[impl])
         reason = impl_status(device)[impl]
         if reason != "available":
-            raise MissingDependencyError(f"impl {impl!r} cannot run: {reason}")
+            raise ArrFastError(f"impl {impl!r} cannot run: {reason}")
         return impl
     status = impl_status(device)
     chosen = "triton" if status["triton"] == "available" else "torch"

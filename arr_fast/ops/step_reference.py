@@ -1,4 +1,4 @@
-"""fp64 oracles of sde_step and rpo_loss: the formulas of their docstrings, and autograd."""
+"""fp64 oracles of sde_step and rpo_loss: the formulas of their docstrings, whole tensors at a time."""
 
 from __future__ import annotations
 
@@ -50,60 +50,46 @@ def rpo_loss_reference(
     kl: str,
     normalised: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`rpo_loss` in float64. The gradient scales in stats come from autograd, not from algebra."""
-    # The whole gradient to v is a combination of x' - mu, v - v_ref and v - v_old; the weights are
-    # the derivatives of the loss by the three means of squares that it is a function of.
-    mean = _per_sample(x_scale, x) * x.double() + _per_sample(v_scale, x) * v.double()
+    """`rpo_loss` in float64."""
+    s, scale = std.double(), v_scale.double()
     elements = v[0].numel()
-    squares = [_mean_square(x_next.double() - mean)]
-    squares += [_mean_square(v.double() - o.double()) if o is not None else None for o in (v_ref, v_old)]
-    with torch.enable_grad():
-        leaves = [None if s is None else s.detach().requires_grad_() for s in squares]
-        error, gap, drift = leaves
-        s, scale = std.double(), v_scale.double()
-        log_prob = -error
-        if normalised:
-            log_prob = -error / (2 * s**2) - torch.log(s) - 0.5 * math.log(2 * math.pi)
-        log_ratio = log_prob - log_prob_old.double()
-        policy_scale = torch.ones_like(s)
-        if drift is not None:
-            log_ratio = s * (log_ratio + scale**2 * drift / (2 * s**2))
-            policy_scale = -1 / dt.double()
-        ratio = torch.exp(log_ratio)
-        a = advantage.double()
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-        loss = torch.maximum(-a * ratio, -a * clipped) * policy_scale
-        kl_value = torch.zeros_like(s)
-        if kl == "latent_mean":
-            kl_value = scale**2 * gap / (2 * s**2)
-        elif kl == "velocity":
-            kl_value = gap
-        elif kl == "log_prob_diff":
-            if v_ref is None:
-                kl_value = log_prob - log_prob.detach()
-            else:
-                mean_ref = mean - _per_sample(v_scale, x) * (v.double() - v_ref.double())
-                kl_value = log_prob - _log_prob(x_next, mean_ref, std, normalised)
+    mean = _per_sample(x_scale, x) * x.double() + _per_sample(v_scale, x) * v.double()
+    log_prob = _log_prob(x_next, mean, std, normalised)
+    # Derivative of log_prob by mean_i (x'_i - mu_i)^2, up to sign.
+    precision = 1 / (2 * s**2)
+    weight = precision if normalised else torch.ones_like(s)
+    log_ratio = log_prob - log_prob_old.double()
+    ratio_slope = policy_scale = torch.ones_like(s)
+    if v_old is not None:
+        drift = scale**2 * _mean_square(v.double() - v_old.double())
+        log_ratio = s * (log_ratio + precision * drift)
+        ratio_slope, policy_scale = s, -1 / dt.double()
+    ratio = torch.exp(log_ratio)
+    unclipped = -advantage.double() * ratio
+    clipped = -advantage.double() * ratio.clamp(1 - clip_low, 1 + clip_high)
+    policy_slope = torch.where(unclipped >= clipped, unclipped, 0.0) * ratio_slope * policy_scale
+    loss = torch.maximum(unclipped, clipped) * policy_scale
+    kl_value, gap_slope, log_prob_slope = torch.zeros_like(s), torch.zeros_like(s), policy_slope
+    if kl == "log_prob_diff":
+        log_prob_slope = policy_slope + beta
+        kl_value = torch.full_like(s, float("nan"))
+        if v_ref is not None:
+            mean_ref = _per_sample(x_scale, x) * x.double() + _per_sample(v_scale, x) * v_ref.double()
+            kl_value = log_prob - _log_prob(x_next, mean_ref, std, normalised)
+            loss = loss + beta * kl_value
+    elif kl != "none":
+        assert v_ref is not None
+        kl_weight = scale**2 * precision if kl == "latent_mean" else torch.ones_like(s)
+        kl_value = kl_weight * _mean_square(v.double() - v_ref.double())
+        gap_slope = beta * kl_weight
         loss = loss + beta * kl_value
-        present = [leaf for leaf in leaves if leaf is not None]
-        slopes = iter(torch.autograd.grad(loss.sum(), present, allow_unused=True))
-    if kl == "log_prob_diff" and v_ref is None:
-        kl_value = torch.full_like(kl_value, float("nan"))
-    by_error, by_gap, by_drift = (
-        torch.zeros_like(s) if leaf is None or (slope := next(slopes)) is None else slope
-        for leaf in leaves
-    )
+    error_scale = 2 * scale * weight * log_prob_slope / elements
+    old_scale = torch.zeros_like(s)
+    if v_old is not None:
+        old_scale = 2 * scale**2 * precision * policy_slope / elements
     is_clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-    rows = (
-        log_prob,
-        ratio,
-        is_clipped,
-        kl_value,
-        -by_error * 2 * scale / elements,
-        by_gap * 2 / elements,
-        by_drift * 2 / elements,
-    )
-    return loss.detach().float(), torch.stack([row.detach().float() for row in rows])
+    rows = (log_prob, ratio, is_clipped, kl_value, error_scale, 2 * gap_slope / elements, old_scale)
+    return loss.float(), torch.stack([row.float() for row in rows])
 
 
 def rpo_loss_backward_reference(

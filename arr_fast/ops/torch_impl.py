@@ -129,9 +129,7 @@ def _gather_path(new: Tensor, pool: Tensor, path: list[list[int]]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _ancestor_part(
-    q: Tensor, keys: Tensor, values: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _ancestor_part(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """All rows of q [n, Hq, D] to all of keys [m, Hkv, D]; returns out [n, Hq, D], lse [n, Hq]."""
     rows, heads, dim = q.shape
     kv_heads = keys.shape[1]
@@ -213,9 +211,7 @@ def verdict_head_torch(
         x = norm_weight * x.to(hidden.dtype)
     logits = F.linear(x, label_rows).float()
     bounds = label_ptr.tolist()
-    labels = [
-        logits[:, a:b].logsumexp(-1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    labels = [logits[:, a:b].logsumexp(-1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     vocab = hidden.new_empty(0, dtype=torch.float32)
     if len(vocab_weight):
         vocab = logits.new_full((len(x),), float("-inf"))

@@ -77,23 +77,23 @@ class VisionForward:
         positions = get_vision_position_ids(grid, MERGE, kwargs={})
         self._cos, self._sin = visual.rotary_pos_emb(torch.zeros(1), positions)
 
-    def __call__(self, patches_NPV: Tensor) -> VisionFeatures:
-        """Patches [N, P, values] to image tokens."""
+    def __call__(self, patches_NPV: Tensor, deepstack: bool = True) -> VisionFeatures:
+        """Patches [N, P, values] to image tokens; deepstack can be left out where unused."""
         visual = self.visual
         count, places = patches_NPV.shape[:2]
         proj = visual.patch_embed.proj
         hidden = F.linear(patches_NPV, proj.weight.flatten(1), proj.bias)
         hidden = hidden + visual.pos_embed.weight[self._rows]
-        deepstack = []
+        levels = []
         for number, block in enumerate(visual.blocks):
             hidden = hidden + self._attend(block.attn, block.norm1(hidden))
             hidden = hidden + block.mlp(block.norm2(hidden))
-            if number in visual.deepstack_visual_indexes:
+            if deepstack and number in visual.deepstack_visual_indexes:
                 index = visual.deepstack_visual_indexes.index(number)
                 merger = visual.deepstack_merger_list[index]
-                deepstack.append(merger(hidden.flatten(0, 1)).view(count, IMAGE_TOKENS, -1))
+                levels.append(merger(hidden.flatten(0, 1)).view(count, IMAGE_TOKENS, -1))
         merged = visual.merger(hidden.reshape(count * places, -1))
-        return VisionFeatures(merged.view(count, IMAGE_TOKENS, -1), tuple(deepstack))
+        return VisionFeatures(merged.view(count, IMAGE_TOKENS, -1), tuple(levels))
 
     def _attend(self, attn: torch.nn.Module, hidden: Tensor) -> Tensor:
         count, places, width = hidden.shape

@@ -17,7 +17,6 @@ from arr_fast.shapes.scene import (
     HELD_OUT_COMBINATIONS,
     MAX_OBJECTS,
     RADII,
-    SHAPES,
     Scene,
     Split,
     allowed_kinds,
@@ -214,6 +213,11 @@ def _picture(rng: np.random.Generator, scene: Scene, split: Split) -> Scene:
     return _changed(rng, scene, split)
 
 
+def sample_picture(rng: np.random.Generator, split: Split) -> Scene:
+    """A picture of some scene, changed and degraded as the pictures of pairs are."""
+    return _picture(rng, sample_scene(rng, split), split)
+
+
 def _any(values: list[str], rng: np.random.Generator) -> str:
     return values[int(rng.integers(len(values)))]
 
@@ -353,5 +357,3 @@ def single_picture(example: Example, which: int) -> Example:
     criteria = tuple(replace(c, truths=(c.truths[which],)) for c in example.criteria)
     return replace(example, scenes=(example.scenes[which],), criteria=criteria)
 
-
-ALL_WORDS = (*SHAPES, *COLOURS, *BACKGROUNDS)

@@ -102,11 +102,11 @@ def test_opcheck() -> None:
     args = op_arguments("torch")
     args["v"].requires_grad_()
     torch.library.opcheck(rpo_loss_op, tuple(args.values()))
-    loss, stats = rpo_loss_op(*args.values())
+    _, stats = rpo_loss_op(*args.values())
     keys = ("v", "x", "x_next", "v_ref", "v_old", "x_scale", "v_scale")
     torch.library.opcheck(
         rpo_loss_backward_op,
-        (torch.ones_like(loss), stats, *(args[k].detach() for k in keys), "torch"),
+        (torch.ones(2), stats.detach(), *(args[k].detach() for k in keys), "torch"),
     )
 
 
@@ -197,7 +197,6 @@ def test_compiled_equals_eager_and_never_recompiles() -> None:
         ({"v_ref": None}, "v_ref is needed by"),
         ({"normalised": False}, "v_old turns GRPO-Guard on"),
         ({"impl": "cuda"}, "impl must be"),
-        ({"x": torch.zeros(2, 3, 50, device="meta")}, "x is on meta"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:

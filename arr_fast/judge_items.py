@@ -1,0 +1,211 @@
+"""What a call of `Judge` asks for, item by item, checked at the edge.
+
+Arguments that make no sense as a whole (lists of different lengths, an empty prompt) raise. What is
+wrong with one item alone (an unreadable image) becomes that item's error and leaves the others be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from arr_fast.errors import ArrFastError, RubricError
+from arr_fast.images import CanonicalImage, to_image, to_images
+from arr_fast.prompts import Task, criterion_leaf, holistic_leaf
+from arr_fast.rubric import Rubric
+
+Orders = Literal["both", "AB", "BA"]
+Mode = Literal["criteria", "holistic", "both"]
+
+
+@dataclass
+class Item:
+    """One prompt with its images and rubric.
+
+    Attributes:
+        name: What to call it in an error, for example "pair 3".
+        prompt: Caption or edit instruction.
+        images: The judged images (two of a pair, one, or a group of G).
+        source: The source image of an edit.
+        rubric: Its criteria.
+        error: Why it cannot be judged, if so.
+    """
+
+    name: str
+    prompt: str
+    images: list[CanonicalImage]
+    source: CanonicalImage | None
+    rubric: Rubric
+    error: BaseException | None = None
+    leaves: list[str] = field(default_factory=list)
+
+    @property
+    def task(self) -> Task:
+        """Text-to-image, or editing where there is a source."""
+        return "t2i" if self.source is None else "edit"
+
+    def shown(self, *order: int) -> list[CanonicalImage]:
+        """The images of one conversation: the source, if any, then images by number."""
+        chosen = [self.images[number] for number in order]
+        return chosen if self.source is None else [self.source, *chosen]
+
+
+def leaves_of(item: Item, mode: Mode) -> list[str]:
+    """The leaves of one conversation: one per criterion, then the whole rubric if asked."""
+    texts = [criterion.render(item.prompt) for criterion in item.rubric.criteria]
+    leaves = [criterion_leaf(text) for text in texts] if mode != "holistic" else []
+    return leaves + ([holistic_leaf(texts)] if mode != "criteria" else [])
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a ValueError that lists the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises unless `prompts` is a non-empty list of non-empty strings."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of strings, got one string")
+    if not len(prompts):
+        raise ValueError("prompts is empty")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompts[{number}] must be a string, got {type(prompt).__name__}")
+        if not prompt.strip():
+            raise ValueError(f"prompts[{number}] is empty")
+
+
+def read_images(
+    sources: Any, count: int, name: str
+) -> tuple[list[CanonicalImage | None], dict[int, BaseException]]:
+    """Reads one image per prompt; a bad one is an error of its item.
+
+    Args:
+        sources: A list of image-like values, or a batched tensor.
+        count: How many are expected.
+        name: The argument's name.
+
+    Raises:
+        ValueError: Another number of images than of prompts.
+    """
+    if hasattr(sources, "shape") and getattr(sources, "ndim", 0) == 4:
+        sources = to_images(sources, name=name)
+    elif isinstance(sources, str | bytes) or not hasattr(sources, "__len__"):
+        raise ValueError(f"{name} must be a list of images, got {type(sources).__name__}")
+    if len(sources) != count:
+        raise ValueError(f"{name} has {len(sources)} items, prompts has {count}")
+    images: list[CanonicalImage | None] = []
+    errors: dict[int, BaseException] = {}
+    for number, source in enumerate(sources):
+        image, error = _try(lambda s=source, n=number: to_image(s, name=f"{name}[{n}]"))
+        images.append(image)
+        if error is not None:
+            errors[number] = error
+    return images, errors
+
+
+def _try(read: Callable[[], CanonicalImage]) -> tuple[CanonicalImage | None, BaseException | None]:
+    try:
+        return read(), None
+    except (ArrFastError, OSError) as error:
+        return None, error
+
+
+def read_rubrics(
+    rubric: Rubric | Sequence[Rubric] | str | None, count: int, has_source: bool
+) -> list[Rubric]:
+    """One rubric per prompt.
+
+    Args:
+        rubric: One for all, one per prompt, a file, the name of a bundled one, or None for the
+            default of the task.
+        count: Number of prompts.
+        has_source: Whether source images were given.
+
+    Raises:
+        ValueError: Another number of rubrics than of prompts, or a rubric of the other task.
+    """
+    task: Task = "edit" if has_source else "t2i"
+    if rubric is None:
+        rubric = Rubric.default(task)
+    elif isinstance(rubric, str):
+        known = rubric in Rubric.builtin_names()
+        rubric = Rubric.builtin(rubric) if known else Rubric.load(rubric)
+    rubrics = [rubric] * count if isinstance(rubric, Rubric) else list(rubric)
+    if len(rubrics) != count:
+        raise ValueError(f"rubric has {len(rubrics)} items, prompts has {count}")
+    for number, each in enumerate(rubrics):
+        if not isinstance(each, Rubric):
+            raise RubricError(f"rubric[{number}] must be a Rubric, got {type(each).__name__}")
+        if each.task != task:
+            needed = "needs source images" if each.task == "edit" else "takes no source images"
+            raise ValueError(f"rubric {each.name!r} is for task {each.task!r}, which {needed}")
+    return rubrics
+
+
+def read_items(
+    prompts: Sequence[str],
+    columns: dict[str, Any],
+    rubric: Rubric | Sequence[Rubric] | str | None,
+    sources: Any,
+    kind: str,
+) -> list[Item]:
+    """Items with one image per column, in the order of the columns.
+
+    Args:
+        prompts: B captions or instructions.
+        columns: Argument name -> B images.
+        rubric: See `read_rubrics`.
+        sources: B source images, or None.
+        kind: What an item is called in errors: "pair", "image" or "group".
+    """
+    check_prompts(prompts)
+    count = len(prompts)
+    rubrics = read_rubrics(rubric, count, sources is not None)
+    read = {name: read_images(value, count, name) for name, value in columns.items()}
+    if sources is not None:
+        read["sources"] = read_images(sources, count, "sources")
+    items = []
+    for number, prompt in enumerate(prompts):
+        errors = [errors[number] for _, errors in read.values() if number in errors]
+        images = [image for name in columns if (image := read[name][0][number]) is not None]
+        source = read["sources"][0][number] if sources is not None else None
+        error = errors[0] if errors else None
+        items.append(Item(f"{kind} {number}", prompt, images, source, rubrics[number], error))
+    return items
+
+
+def read_groups(
+    prompts: Sequence[str],
+    groups: Sequence[Any],
+    rubric: Rubric | Sequence[Rubric] | str | None,
+    sources: Any,
+) -> list[Item]:
+    """Items that hold a group of candidates each.
+
+    Raises:
+        ValueError: Another number of groups than of prompts, or a group of fewer than two.
+    """
+    check_prompts(prompts)
+    if len(groups) != len(prompts):
+        raise ValueError(f"groups has {len(groups)} items, prompts has {len(prompts)}")
+    rubrics = read_rubrics(rubric, len(prompts), sources is not None)
+    shared, shared_errors = (
+        read_images(sources, len(prompts), "sources") if sources is not None else ([], {})
+    )
+    items = []
+    for number, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        if isinstance(group, torch.Tensor) and group.ndim == 4:
+            group = to_images(group, name=f"groups[{number}]")
+        if len(group) < 2:
+            raise ValueError(f"groups[{number}] has {len(group)} images, expected at least 2")
+        images, errors = read_images(group, len(group), f"groups[{number}]")
+        error = next(iter(errors.values()), shared_errors.get(number))
+        kept = [image for image in images if image is not None]
+        source = shared[number] if shared else None
+        items.append(Item(f"group {number}", prompt, kept, source, rubrics[number], error))
+    return items

@@ -1,0 +1,59 @@
+"""The optimisers of training: Muon for hidden matrices, AdamW for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Optimiser:
+    """Muon on the 2-d weights inside layers, AdamW on embeddings, norms, biases and heads.
+
+    Args:
+        named: Parameters with their names; those that need no gradient are left out.
+        muon_lr: Peak learning rate of Muon.
+        adam_lr: Peak learning rate of AdamW.
+    """
+
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], *, muon_lr: float, adam_lr: float
+    ) -> None:
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for name, parameter in named:
+            if not parameter.requires_grad:
+                continue
+            hidden = parameter.ndim == 2 and ("blocks" in name or "layers" in name)
+            (matrices if hidden else rest).append(parameter)
+        self.parameters = [*matrices, *rest]
+        self._peaks = (muon_lr, adam_lr)
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01, ns_steps=4),
+            torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def step(self, scale: float) -> float:
+        """One update at a fraction of the peak learning rates.
+
+        Returns:
+            The norm of the gradient before it was clipped to 1.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part, peak in zip(self._parts, self._peaks, strict=True):
+            for group in part.param_groups:
+                group["lr"] = peak * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state(self) -> list[dict[str, Any]]:
+        """What `restore` needs."""
+        return [part.state_dict() for part in self._parts]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Takes up a saved state."""
+        for part, saved in zip(self._parts, state, strict=True):
+            part.load_state_dict(saved)

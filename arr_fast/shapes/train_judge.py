@@ -1,0 +1,175 @@
+"""Trains the bundled judge: `python -m arr_fast.shapes.train_judge --out DIR [--resume]`.
+
+Stage 1 teaches the vision tower words, stage 2 teaches the decoder captions and verdicts. What a
+step sees is a function of (seed, stage, step) alone, so a resumed run repeats a straight one to the
+bit on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+
+from arr_fast.shapes import vision_pretraining
+from arr_fast.shapes.forward import VisionForward
+from arr_fast.shapes.model import build_model
+from arr_fast.shapes.optimise import Optimiser
+from arr_fast.shapes.run_state import Curve, load_state, save_state
+from arr_fast.shapes.tokenizer import build_tokenizer, domain_words
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run does; stored with its checkpoints.
+
+    Attributes:
+        seed: Seeds weights and data.
+        vision_steps: Steps of stage 1.
+        vision_batch: Pictures per step of stage 1.
+    """
+
+    seed: int = 0
+    vision_steps: int = 700
+    vision_batch: int = 32
+    threads: int = 2
+
+
+def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> float:
+    """Linear warm-up, constant, then a linear fall over the last 40 % of the steps."""
+    fall = max(1, int(0.4 * steps))
+    return min(1.0, (step + 1) / warmup, max(floor, (steps - step) / fall))
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT came; the state is on disk."""
+
+
+class Run:
+    """One training run in a directory: model, state, curve."""
+
+    def __init__(self, out: Path, plan: Plan, resume: bool) -> None:
+        torch.set_num_threads(plan.threads)
+        self.out, self.plan = out, plan
+        self.tokenizer = build_tokenizer()
+        self.model = build_model(self.tokenizer, plan.seed)
+        self.model.train()
+        self.vision = VisionForward(self.model)
+        self.curve = Curve(out / "curve.csv")
+        self.saved = load_state(out / "state.pt") if resume else None
+        if self.saved is not None:
+            self.model.load_state_dict(self.saved["model"])
+            self.curve.spent = self.saved["cpu_seconds"]
+            self.curve.truncate(self.saved["stage"], self.saved["step"])
+        self._stop = False
+
+    def word_ids(self) -> dict[str, int]:
+        """The token of every domain word, with a space before it."""
+        return {w: self.tokenizer.convert_tokens_to_ids("Ġ" + w) for w in domain_words()}
+
+    def request_stop(self, _signal: int, _frame: FrameType | None) -> None:
+        """Ends the run after the current step."""
+        self._stop = True
+
+    def save(self, stage: str, step: int, extra: dict[str, object]) -> None:
+        """Writes the state after `step` steps of a stage."""
+        state = {
+            "model": self.model.state_dict(),
+            "stage": stage,
+            "step": step,
+            "plan": asdict(self.plan),
+            "cpu_seconds": self.curve.cpu_seconds(),
+            **extra,
+        }
+        save_state(self.out / "state.pt", state)
+
+    def loop(
+        self,
+        stage: str,
+        first: int,
+        steps: int,
+        train_step: Callable[[int], dict[str, float]],
+        evaluate: Callable[[], dict[str, float]],
+        extra: Callable[[], dict[str, object]],
+        every: int,
+    ) -> None:
+        """Runs steps, logs means, evaluates and saves every so many of them."""
+        sums: dict[str, list[float]] = {}
+        began = time.monotonic()
+        for step in range(first, steps):
+            for name, value in train_step(step).items():
+                sums.setdefault(name, []).append(value)
+            done = step + 1
+            if done % every == 0 or done == steps or self._stop:
+                means = {k: float(np.mean(v)) for k, v in sums.items()}
+                self.curve.add(stage, done, "train", means)
+                scores = evaluate()
+                self.curve.add(stage, done, "held_out", scores)
+                self.save(stage, done, extra())
+                pace = (time.monotonic() - began) / max(1, len(next(iter(sums.values()))))
+                text = " ".join(f"{k}={v:.3f}" for k, v in {**means, **scores}.items())
+                logger.info("%s %d/%d %.2f s/step %s", stage, done, steps, pace, text)
+                sums, began = {}, time.monotonic()
+            if self._stop:
+                raise Interrupted(f"stopped after step {done} of {stage}")
+
+
+def train_vision(run: Run) -> None:
+    """Stage 1."""
+    plan, model = run.plan, run.model
+    table = model.get_input_embeddings().weight
+    torch.manual_seed(plan.seed + 1)
+    heads = vision_pretraining.CellHeads(table.detach().clone(), run.word_ids())
+    named = [(n, p) for n, p in model.model.visual.named_parameters() if "deepstack" not in n]
+    optimiser = Optimiser([*named, *heads.named_parameters()], muon_lr=0.02, adam_lr=2e-3)
+    first = 0
+    if run.saved is not None and run.saved["stage"] == "vision":
+        first = run.saved["step"]
+        heads.load_state_dict(run.saved["heads"])
+        optimiser.restore(run.saved["optimiser"])
+
+    def step(number: int) -> dict[str, float]:
+        rng = np.random.default_rng([plan.seed, 1, number])
+        patches, targets = vision_pretraining.batch(rng, heads, plan.vision_batch, "train")
+        loss = heads.loss(run.vision(patches, deepstack=False).merged, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step(schedule(number, plan.vision_steps))
+        return {"loss": float(loss.detach())}
+
+    def extra() -> dict[str, object]:
+        return {"heads": heads.state_dict(), "optimiser": optimiser.state()}
+
+    def scores() -> dict[str, float]:
+        return vision_pretraining.evaluate(run.vision, heads, plan.seed, 128)
+
+    run.loop("vision", first, plan.vision_steps, step, scores, extra, every=25)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vision-steps", type=int, default=Plan.vision_steps)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    run = Run(args.out, Plan(seed=args.seed, vision_steps=args.vision_steps), args.resume)
+    signal.signal(signal.SIGTERM, run.request_stop)
+    signal.signal(signal.SIGINT, run.request_stop)
+    if run.saved is None or run.saved["stage"] == "vision":
+        train_vision(run)
+
+
+if __name__ == "__main__":
+    main()
