@@ -6,8 +6,8 @@ wrong with one item alone (an unreadable image) becomes that item's error and le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,6 @@ class Item:
     source: CanonicalImage | None
     rubric: Rubric
     error: BaseException | None = None
-    leaves: list[str] = field(default_factory=list)
 
     @property
     def task(self) -> Task:
@@ -101,18 +100,12 @@ def read_images(
     images: list[CanonicalImage | None] = []
     errors: dict[int, BaseException] = {}
     for number, source in enumerate(sources):
-        image, error = _try(lambda s=source, n=number: to_image(s, name=f"{name}[{n}]"))
-        images.append(image)
-        if error is not None:
+        try:
+            images.append(to_image(source, name=f"{name}[{number}]"))
+        except (ArrFastError, OSError) as error:
+            images.append(None)
             errors[number] = error
     return images, errors
-
-
-def _try(read: Callable[[], CanonicalImage]) -> tuple[CanonicalImage | None, BaseException | None]:
-    try:
-        return read(), None
-    except (ArrFastError, OSError) as error:
-        return None, error
 
 
 def read_rubrics(

@@ -195,7 +195,7 @@ class PromptEncoder:
         texts = [p for p in shared if isinstance(p, str)]
         tails = []
         for leaf in leaves:
-            tail = list(after)
+            tail = [*after]
             for piece in pieces[last_image + 1 :]:
                 tail += self._piece_ids(piece, [*texts[:-1], leaf])
             tails.append(_frozen(tail))
@@ -250,7 +250,7 @@ class PromptEncoder:
         before = self._encode_text(tail)
         found: list[tuple[int, ...]] = []
         for variants in labels:
-            ids = []
+            ids: list[int] = []
             for variant in variants:
                 after = self._encode_text(tail + variant)
                 if len(after) != len(before) + 1 or after[:-1] != before:

@@ -53,7 +53,7 @@ class RandomModelSpec:
         experts, experts_per_token: Mixture of experts.
         max_positions: Context length.
         log_odds_std: Standard deviation of log-odds over the criteria of one random prompt, nats.
-        calibration_prefix: Tokens of those prompts before the criterion.
+        calibration_pixels: Side of the images of those prompts.
         seed: Seed of all weights.
     """
 
@@ -81,7 +81,7 @@ class RandomModelSpec:
     experts_per_token: int = 2
     max_positions: int = 8192
     log_odds_std: float = 2.0
-    calibration_prefix: int = 64
+    calibration_pixels: int = 112
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -211,7 +211,7 @@ def _sized(family: str, size: str) -> RandomModelSpec:
             mlp=1856,
             tied=True,
             vocab=4096,
-            calibration_prefix=576,
+            calibration_pixels=512,
             vision_depth=5,
             vision_hidden=256,
             vision_heads=4,
@@ -254,14 +254,16 @@ def _write(spec: RandomModelSpec, directory: Path) -> None:
     model = AutoModelForImageTextToText.from_config(
         config, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
+    image_processor = build_image_processor(spec)
     randomise(model, spec.seed)
     calibrate(
         model,
         tokenizer,
-        prefix_tokens=spec.calibration_prefix,
+        image_processor,
+        pixels=spec.calibration_pixels,
         target=spec.log_odds_std,
         seed=spec.seed,
     )
     model.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
-    build_image_processor(spec).save_pretrained(directory)
+    image_processor.save_pretrained(directory)

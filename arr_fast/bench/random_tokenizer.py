@@ -122,6 +122,12 @@ _SENTENCES = (
 )
 
 
+# Plain words of the corpus, for prompts of exact length.
+WORDS = tuple(
+    sorted({word for line in _SENTENCES for word in line.split() if word.isalpha() and word.islower()})
+)
+
+
 def chat_template(family: str) -> str:
     """The family's public turn format, as jinja, with image parts in the order of the content."""
     if family in ("smolvlm", "idefics3"):

@@ -11,11 +11,18 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
+
+from arr_fast.bench.plain_prompts import PlainPrompts
+from arr_fast.bench.random_tokenizer import WORDS
+from arr_fast.bench.workloads import exact_text, noise_image
+from arr_fast.prompts import criterion_leaf, pair_parts, point_parts
+from arr_fast.replay import Replayer
 
 _PREFIXES = 4
 _CRITERIA = 16
-_CRITERION_TOKENS = 8
+_LEAF_TOKENS = 12
 
 
 def randomise(model: Any, seed: int) -> None:
@@ -57,50 +64,33 @@ def _scaled(name: str, values: torch.Tensor, model: Any) -> torch.Tensor:
 
 
 def calibrate(
-    model: Any, tokenizer: Any, *, prefix_tokens: int, target: float, seed: int
+    model: Any, tokenizer: Any, image_processor: Any, *, pixels: int, target: float, seed: int
 ) -> float:
     """Centres the label rows and scales the final norm: log-odds spread by `target` around zero.
 
-    Random criteria are read after random prefixes that look like a prompt (text, then image
-    features, here Gaussian). The spread is taken over the criteria of one prefix. Both label pairs
-    ("1"/"2" and "Yes"/"No") reach the target: the smaller one counts.
+    Pairwise prompts are read for "1"/"2" and pointwise prompts for "Yes"/"No", each with several
+    criteria after the same images. The spread is taken over the criteria of one prefix, and the
+    smaller of the two label pairs reaches the target.
 
     Args:
         model: The model after `randomise`.
         tokenizer: Its tokenizer.
-        prefix_tokens: Length of the prefixes; a long prefix dilutes what a criterion says.
+        image_processor: Its image processor.
+        pixels: Side of the images; a long prefix dilutes what a criterion says.
         target: Standard deviation of the log-odds, in nats.
         seed: Seed of the prompts.
 
     Returns:
         The factor that was applied.
     """
-    generator = torch.Generator().manual_seed(seed + 1)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    embed = model.get_input_embeddings()
-    plain = len(tokenizer) - len(tokenizer.get_added_vocab())
-    tail = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
-    ).rpartition("x")[2]
-    tail_ids = tokenizer(tail, add_special_tokens=False, return_tensors="pt").input_ids
-    words = torch.randint(
-        0, plain, (_PREFIXES * _CRITERIA, _CRITERION_TOKENS), generator=generator
-    )
-    leaves = torch.cat([words, tail_ids.expand(len(words), -1)], dim=1)
-    text = torch.randint(0, plain, (_PREFIXES, prefix_tokens // 8), generator=generator)
-    features = torch.randn(
-        _PREFIXES, prefix_tokens - text.shape[1], head.weight.shape[1], generator=generator
-    )
-    pairs = [[tokenizer.vocab[label] for label in pair] for pair in (("1", "2"), ("Yes", "No"))]
-    with torch.no_grad():
-        prefix = torch.cat([embed(text), features * embed.weight.std()], dim=1)
-        cache = decoder(inputs_embeds=prefix, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(_CRITERIA)
-        hidden = decoder(inputs_embeds=embed(leaves), past_key_values=cache, use_cache=True)
-        read = hidden.last_hidden_state[:, -1].double()
-        centre = read.mean(dim=0)
-        spread = []
-        for first, second in pairs:
+    rng = np.random.default_rng(seed)
+    head, norm = model.get_output_embeddings(), model.get_decoder().norm
+    spread = []
+    for labels, images in ((("1", "2"), 2), (("Yes", "No"), 1)):
+        reads = _reads(model, tokenizer, image_processor, images, pixels, rng)
+        first, second = (tokenizer.vocab[label] for label in labels)
+        centre = reads.mean(dim=(0, 1))
+        with torch.no_grad():
             difference = (head.weight[first] - head.weight[second]).double()
             shift = ((difference @ centre) / (centre @ centre) * centre / 2).float()
             # Rounded, as the factor below: no weight depends on the order in which threads add.
@@ -108,8 +98,47 @@ def calibrate(
             head.weight[first] -= shift
             head.weight[second] += shift
             difference = (head.weight[first] - head.weight[second]).double()
-            log_odds = (read @ difference).view(_PREFIXES, _CRITERIA)
-            spread.append(float(log_odds.std(dim=1).mean()))
-        factor = float(f"{target / min(spread):.3g}")
-        decoder.norm.weight.mul_(factor)
+            spread.append(float((reads @ difference).std(dim=1).mean()))
+    factor = float(f"{target / min(spread):.3g}")
+    with torch.no_grad():
+        norm.weight.mul_(factor)
     return factor
+
+
+def _reads(
+    model: Any,
+    tokenizer: Any,
+    image_processor: Any,
+    images: int,
+    pixels: int,
+    rng: np.random.Generator,
+) -> torch.Tensor:
+    """Normed last-row states [prefixes, criteria, hidden], float64, of random prompts."""
+    replayer = Replayer(model, image_processor)
+    prompts = PlainPrompts(tokenizer, model.config, image_processor)
+    captured: list[torch.Tensor] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, args: captured.append(args[0][:, -1].double())
+    )
+    try:
+        with torch.no_grad():
+            for _ in range(_PREFIXES):
+                shown = [noise_image(rng, pixels, pixels) for _ in range(images)]
+                caption = " ".join(rng.choice(WORDS, 10))
+                shared = (pair_parts if images == 2 else point_parts)("t2i", caption)
+                rows = [prompts.ids([*shared, leaf], shown) for leaf in _leaves(prompts, rng)]
+                start = int(np.flatnonzero(np.ptp(np.stack(rows), axis=0))[0])
+                inputs = replayer.model_inputs(rows[0][:start], shown)
+                cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+                captured.pop()
+                cache.batch_repeat_interleave(_CRITERIA)
+                leaves = torch.from_numpy(np.stack([row[start:] for row in rows]))
+                model(input_ids=leaves, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return torch.stack(captured)
+
+
+def _leaves(prompts: PlainPrompts, rng: np.random.Generator) -> list[str]:
+    texts = [exact_text(prompts, _LEAF_TOKENS, rng, "\nCriterion:") for _ in range(_CRITERIA)]
+    return [criterion_leaf(text) for text in texts]

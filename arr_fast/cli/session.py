@@ -1,8 +1,8 @@
 """Runs a command over its items: batches, progress, one flushed line per item, resuming.
 
-The output file is a log. A line holds the item's identity: a hash over the command, the prompt, the bytes
-of the images, the rubric, the model's revision and every setting that can move a number. Run again,
-items whose identity has a line without an error are not judged again.
+The output file is a log. A line holds the item's identity: a hash over the command, the prompt, the
+bytes of the images, the rubric, the model's revision and every setting that can move a number. Run
+again, items whose identity has a line without an error are not judged again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from arr_fast.cli.items import InputItem
+from arr_fast.data.items import InputItem
 from arr_fast.errors import ArrFastError, BadImageError
 from arr_fast.images import CanonicalImage, to_image
 from arr_fast.rubric import Rubric
@@ -245,6 +245,7 @@ def _read_finished(out: Path) -> dict[str, list[dict[str, Any]]]:
         return {}
     data = out.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
+    tail = data[len(whole) :]
     finished: dict[str, list[dict[str, Any]]] = {}
     for number, raw in enumerate(whole.splitlines(), start=1):
         try:
@@ -253,11 +254,13 @@ def _read_finished(out: Path) -> dict[str, list[dict[str, Any]]]:
         except (ValueError, TypeError, KeyError):
             known = False
         if not known:
-            raise ArrFastError(f"{out} line {number}: not an output of arr-fast; name another file")
+            raise ArrFastError(f"{out} line {number}: not written by arr-fast; name another file")
         if line["status"] != "error":
             finished.setdefault(line["identity"], []).append(line)
-    if len(whole) < len(data):
-        # All lines before it were read as ours, so this one is the end of an interrupted write.
+    if tail:
+        marker = b'{"schema": "arr_fast.line/'
+        if not (tail.startswith(marker) or marker.startswith(tail)):
+            raise ArrFastError(f"{out}: its last line was not written by arr-fast; name another")
         with out.open("r+b") as handle:
             handle.truncate(len(whole))
     return finished

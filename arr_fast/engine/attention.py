@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, forest: ForestTables, scale: float) 
     if forest.store_rows.numel():
         forest.k_pool.index_copy_(0, forest.store_slots, k.index_select(0, forest.store_rows))
         forest.v_pool.index_copy_(0, forest.store_slots, v.index_select(0, forest.store_rows))
-    return prefix_attention(
+    out: Tensor = prefix_attention(
         q,
         k,
         v,
@@ -63,6 +63,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, forest: ForestTables, scale: float) 
         scale,
         forest.impl,
     )
+    return out
 
 
 def tree_attention(

@@ -17,6 +17,13 @@ from torch import Tensor
 from arr_fast.engine.cache import ByteLRU, PrefixPool
 from arr_fast.engine.families import ImageFeatures
 from arr_fast.engine.model import LoadedModel
+from arr_fast.engine.packed_linear import (
+    AUTO_LIMIT,
+    can_pack,
+    linear_bytes,
+    pack_linears,
+    repack_linears,
+)
 from arr_fast.engine.planner import (
     ImageTable,
     Path,
@@ -44,6 +51,8 @@ class EngineConfig:
     Attributes:
         impl: "auto", "torch", "triton", "flash", "xformers" or "reference".
         compile: True compiles every decoder layer, "auto" does so where a compiler is found.
+        prepack: True packs linear weights for oneDNN, "auto" does so for float32 decoders of up to
+            2 GiB on a CPU (the packed copy doubles their memory).
         feature_cache_bytes: Budget of the image-feature cache.
         prefix_cache_bytes: Budget of the prefix-KV pool.
         prefix_cache: What the pool keeps: "off", "text" before the first image, or "images".
@@ -55,6 +64,7 @@ class EngineConfig:
 
     impl: str = "auto"
     compile: bool | str = False
+    prepack: bool | str = "auto"
     feature_cache_bytes: int = 1 << 30
     prefix_cache_bytes: int = 1 << 28
     prefix_cache: PrefixCacheMode = "text"
@@ -67,6 +77,8 @@ class EngineConfig:
             raise ValueError(f"prefix_cache must be off, text or images, got {self.prefix_cache!r}")
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}")
+        if self.prepack not in (True, False, "auto"):
+            raise ValueError(f"prepack must be True, False or 'auto', got {self.prepack!r}")
         if self.max_batch_rows is not None and self.max_batch_rows < 1:
             raise ValueError(f"max_batch_rows must be at least 1, got {self.max_batch_rows}")
 
@@ -97,6 +109,16 @@ class PathResult:
 
     labels: np.ndarray
     vocab_lse: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Neighbouring paths of one item that one forward can hold."""
+
+    item: int
+    paths: range
+    rows: int
+    is_last: bool
 
 
 @dataclass
@@ -133,6 +155,8 @@ class Engine:
         self.pool = self._make_pool()
         self._heads: dict[tuple[LabelIds, bool], LabelHead] = {}
         self.lock = threading.RLock()
+        if _resolve_prepack(self.config.prepack, loaded):
+            pack_linears(self.adapter.layers)
         self.runner = self._make_runner()
 
     def image_features(self, images: Sequence[CanonicalImage]) -> dict[str, ImageFeatures]:
@@ -228,12 +252,14 @@ class Engine:
             head = self._head(labels, label_mass)
             pending = _Pending()
             failed: dict[int, BaseException] = {}
-            rows = [estimate_rows(paths) for paths in items]
-            for batch in token_batches(rows, self._batch_rows()):
-                work = [(i, j) for i in batch for j in range(len(items[i]))]
+            budget = self._batch_rows()
+            units = [unit for i, paths in enumerate(items) for unit in _units(i, paths, budget)]
+            rows = [unit.rows for unit in units]
+            for batch in token_batches(rows, budget):
+                work = [(units[n].item, j) for n in batch for j in units[n].paths]
                 self._run(items, work, head, table, features, pending, failed)
                 if progress is not None:
-                    progress(len(batch))
+                    progress(sum(units[n].is_last for n in batch))
             return self._collect(items, pending, failed)
 
     def reset_weights(self) -> None:
@@ -241,6 +267,7 @@ class Engine:
         with self.lock:
             self.epoch += 1
             self._heads.clear()
+            repack_linears(self.adapter.layers)
             self.clear_caches()
 
     def clear_caches(self) -> None:
@@ -264,8 +291,16 @@ class Engine:
         }
 
     def _encode_images(self, images: Sequence[CanonicalImage]) -> list[ImageFeatures]:
-        with torch.inference_mode():
-            return self.adapter.encode_images(images)
+        """One vision forward; on lack of memory its halves, down to a single image."""
+        try:
+            with torch.inference_mode():
+                return self.adapter.encode_images(images)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error) or len(images) == 1:
+                raise
+        self.counters.splits += 1
+        middle = len(images) // 2
+        return self._encode_images(images[:middle]) + self._encode_images(images[middle:])
 
     def _run(
         self,
@@ -312,7 +347,7 @@ class Engine:
         planned = time.perf_counter()
         try:
             result = self.runner.run(
-                plan.forest, plan.features, plan.feature_index, head, self.pool, plan.store
+                plan.forest, plan.features, plan.spans, head, self.pool, plan.store
             )
         except BaseException:
             self.pool.discard(plan.reserved)
@@ -360,33 +395,29 @@ class Engine:
     def _batch_rows(self) -> int:
         if self.config.max_batch_rows is not None:
             return self.config.max_batch_rows
-        budget = self.config.activation_bytes
-        if budget is None:
-            budget = 2 << 30
-            if self.loaded.device.type == "cuda":
-                budget = torch.cuda.mem_get_info(self.loaded.device)[0] // 2
+        budget = self.config.activation_bytes or 2 << 30
+        if self.config.activation_bytes is None and self.loaded.device.type == "cuda":
+            budget = torch.cuda.mem_get_info(self.loaded.device)[0] // 2
         return max(1, budget // self.row_bytes())
 
     def row_bytes(self) -> int:
         """Bytes of activations that one row needs at the widest point of a decoder layer."""
         config = self.adapter.text_config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        width = getattr(config, "intermediate_size", 0) or 0
-        experts = getattr(config, "num_experts_per_tok", 0) or 0
-        width = max(width, experts * (getattr(config, "moe_intermediate_size", 0) or 0))
-        attention = 4 * config.hidden_size + head_dim * (4 * heads + 4 * kv_heads)
+        width = int(getattr(config, "intermediate_size", 0) or 0)
+        experts = int(getattr(config, "num_experts_per_tok", 0) or 0)
+        width = max(width, experts * int(getattr(config, "moe_intermediate_size", 0) or 0))
+        attention = 4 * config.hidden_size + self.adapter.head_dim * 4 * (heads + kv_heads)
         mlp = 3 * config.hidden_size + 3 * width
-        return max(attention, mlp) * torch.empty(0, dtype=self.loaded.dtype).element_size()
+        return int(max(attention, mlp)) * self.loaded.dtype.itemsize
 
     def _make_pool(self) -> PrefixPool:
         config = self.adapter.text_config
-        heads = config.num_attention_heads
         budget = 0 if self.config.prefix_cache == "off" else self.config.prefix_cache_bytes
         return PrefixPool(
             layers=len(self.adapter.layers),
             kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=self.adapter.head_dim,
             budget=budget,
             dtype=self.loaded.dtype,
             device=self.loaded.device,
@@ -400,6 +431,27 @@ class Engine:
         return ForestRunner(self.adapter, self.impl, calls, pad=self.compiled)
 
 
+def _units(item: int, paths: Sequence[Path], budget: int) -> list[_Unit]:
+    """Cuts an item whose paths exceed the budget; neighbours share most, so order is kept."""
+    rows = estimate_rows(paths)
+    if rows <= budget or len(paths) == 1:
+        return [_Unit(item, range(len(paths)), rows, True)] if paths else []
+    units: list[_Unit] = []
+    begin = 0
+    while begin < len(paths):
+        low, high = begin + 1, len(paths)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if estimate_rows(paths[begin:middle]) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        count = estimate_rows(paths[begin:low])
+        units.append(_Unit(item, range(begin, low), count, low == len(paths)))
+        begin = low
+    return units
+
+
 def _resolve_compile(choice: bool | str, device: torch.device) -> bool:
     """Whether to compile; "auto" says why not."""
     if choice is False:
@@ -410,6 +462,19 @@ def _resolve_compile(choice: bool | str, device: torch.device) -> bool:
         logger.warning("compile=auto: no C++ compiler found, running eager")
         return False
     return True
+
+
+def _resolve_prepack(choice: bool | str, loaded: LoadedModel) -> bool:
+    """Whether to pack linear weights."""
+    possible = can_pack(loaded.device, loaded.dtype) and loaded.quantization is None
+    if choice == "auto":
+        return possible and linear_bytes(loaded.adapter.layers) <= AUTO_LIMIT
+    if choice and not possible:
+        raise ValueError(
+            f"prepack=True needs float32 on a CPU without quantization, got {loaded.dtype} on "
+            f"{loaded.device}"
+        )
+    return bool(choice)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -76,6 +76,13 @@ class FamilyAdapter:
         return self.model.model.language_model
 
     @property
+    def head_dim(self) -> int:
+        """Head dimension of the decoder."""
+        config = self.text_config
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(dim)
+
+    @property
     def layers(self) -> nn.ModuleList:
         """Decoder layers, first to last."""
         layers: nn.ModuleList = self.decoder.layers
@@ -146,7 +153,7 @@ class QwenVLAdapter(FamilyAdapter):
     def _select_sections(self, table: Tensor) -> Tensor:
         """[3, 1, T, D] -> [1, T, D], each channel section from its axis (time, height, width)."""
         sections = list(self.text_config.rope_parameters["mrope_section"]) * 2
-        pieces = table.split(sections, dim=-1)
+        pieces = torch.split(table, sections, dim=-1)
         return torch.cat([piece[i % 3] for i, piece in enumerate(pieces)], dim=-1)
 
     def positions(self, runs: Sequence[TokenRun], grids: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -164,9 +164,9 @@ def pack_forest(
     """
     cached = cached or {}
     covered = {s: sum(run.length for run in runs) for s, runs in cached.items()}
-    for segment, length in covered.items():
-        if length > len(tree.segments[segment]):
-            raise ValueError(f"segment {segment}: {length} cached rows for its tokens")
+    for number, length in covered.items():
+        if length > len(tree.segments[number]):
+            raise ValueError(f"segment {number}: {length} cached rows for its tokens")
     layout = _Layout()
     level = list(tree.roots)
     paths: dict[int, tuple[tuple[int, int, int], ...]] = {-1: ()}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
-from arr_fast.engine.cache import BLOCK, PoolRun, PrefixPool, chain_keys
+from arr_fast.engine.cache import BLOCK, PrefixPool, chain_keys
 from arr_fast.engine.families import ImageFeatures
-from arr_fast.engine.forest import PackedForest, pack_forest
+from arr_fast.engine.forest import PackedForest, PoolRun, pack_forest
 from arr_fast.engine.runner import StorePlan
 from arr_fast.engine.tree import MIN_SHARED, PrefixTree, TokenSequence, build_tree
 from arr_fast.images import CanonicalImage
@@ -29,7 +30,7 @@ class Path:
         sequence: Ids, keys and positions.
         images: The images in order of appearance.
         spans: (first row, features) of each image.
-        is_shared: Rows before this index are common to the item's leaves.
+        shared: Rows before this index are common to the item's leaves.
     """
 
     sequence: TokenSequence
@@ -128,7 +129,8 @@ class ForestPlan:
         tree: The prefix tree.
         forest: Its rows.
         features: The images that appear in computed rows.
-        feature_index: int64 [T], row into the concatenated features, or -1.
+        spans: (first row, first feature, length) of each stretch of image rows; features are
+            numbered through all of `features`.
         store: Rows to keep.
         reserved: Pool keys that this forward will write.
     """
@@ -136,7 +138,7 @@ class ForestPlan:
     tree: PrefixTree
     forest: PackedForest
     features: list[ImageFeatures]
-    feature_index: np.ndarray
+    spans: tuple[tuple[int, int, int], ...]
     store: StorePlan
     reserved: tuple[bytes, ...]
 
@@ -171,8 +173,8 @@ def plan_forest(
             cached[index] = runs
     forest = pack_forest(tree, cached)
     rows, slots, reserved = _store(tree, forest, chains, pool)
-    shown, index = _feature_index(forest, table, features)
-    return ForestPlan(tree, forest, shown, index, StorePlan(rows, slots), reserved)
+    shown, spans = _feature_spans(forest, table, features)
+    return ForestPlan(tree, forest, shown, spans, StorePlan(rows, slots), reserved)
 
 
 def _chains(
@@ -182,10 +184,7 @@ def _chains(
     chains = {}
     for index, segment in enumerate(tree.segments):
         path = paths[segment.sequence]
-        if mode == "text":
-            limit = path.spans[0][0] if path.spans else path.shared
-        else:
-            limit = path.shared
+        limit = path.spans[0][0] if mode == "text" and path.spans else path.shared
         # The last token of a path is read, so it is never only cached.
         limit = min(limit, segment.end, len(path.sequence) - 1)
         if limit <= segment.begin or limit < BLOCK:
@@ -253,17 +252,20 @@ def _path_rows(
     return rows
 
 
-def _feature_index(
+def _feature_spans(
     forest: PackedForest, table: ImageTable, features: dict[str, ImageFeatures]
-) -> tuple[list[ImageFeatures], np.ndarray]:
-    """Which feature each row holds, over the images that the computed rows show."""
-    packed = -1 - forest.keys
-    is_image = forest.keys < 0
-    numbers = packed[is_image] >> _FEATURE_BITS
+) -> tuple[list[ImageFeatures], tuple[tuple[int, int, int], ...]]:
+    """Which features the computed rows hold, over the images that they show."""
+    rows = np.flatnonzero(forest.keys < 0)
+    if not len(rows):
+        return [], ()
+    packed = -1 - forest.keys[rows]
+    numbers = packed >> _FEATURE_BITS
     shown = np.unique(numbers)
     chosen = [features[table.images[number].content_hash] for number in shown.tolist()]
     starts = np.cumsum([0, *(f.count for f in chosen)])
-    index = np.full(forest.rows, -1, dtype=np.int64)
-    offset = packed[is_image] & ((1 << _FEATURE_BITS) - 1)
-    index[is_image] = starts[np.searchsorted(shown, numbers)] + offset
-    return chosen, index
+    source = starts[np.searchsorted(shown, numbers)] + (packed & ((1 << _FEATURE_BITS) - 1))
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(source) != 1)) + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    spans = [(int(rows[a]), int(source[a]), b - a) for a, b in pairwise(edges)]
+    return chosen, tuple(spans)

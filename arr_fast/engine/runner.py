@@ -83,7 +83,7 @@ class ForestRunner:
         self,
         forest: PackedForest,
         features: Sequence[ImageFeatures],
-        feature_index: np.ndarray,
+        spans: Sequence[tuple[int, int, int]],
         head: LabelHead,
         pool: PrefixPool,
         store: StorePlan,
@@ -93,7 +93,7 @@ class ForestRunner:
         Args:
             forest: The packed rows.
             features: The images that appear in it.
-            feature_index: int64 [T]; row into the concatenated features, or -1 for text.
+            spans: (first row, first feature, length) of each stretch of image rows.
             head: Label rows to read.
             pool: Cached prefixes that the forest's runs refer to.
             store: Rows to keep in the pool.
@@ -102,11 +102,12 @@ class ForestRunner:
             (label logits float32 [S, L], vocabulary log-sum-exp float32 [S] or [0]), on the
             device, one row per sequence.
         """
-        hidden, image_rows, image_source = self._embed(forest, features, feature_index)
+        hidden = self._embed(forest, features, spans)
         positions = self._device(_padded(forest.positions, hidden.shape[0]))
         cos_sin = self.adapter.rotary(hidden[None], positions)
         tables = self._tables(forest, hidden.shape[0], store)
-        deepstack = self._deepstack(features, image_source)
+        levels = zip(*(f.deepstack for f in features), strict=True)
+        deepstack = [torch.cat(level) for level in levels]
         layers = self.adapter.layers
         for index, call in enumerate(self.layer_calls[:-1]):
             forest_tables = tables._replace(
@@ -114,7 +115,8 @@ class ForestRunner:
             )
             hidden = call(hidden[None], position_embeddings=cos_sin, forest=forest_tables)[0]
             if index < len(deepstack):
-                hidden = hidden.index_add(0, image_rows, deepstack[index])
+                for row, source, length in spans:
+                    hidden[row : row + length] += deepstack[index][source : source + length]
         last = len(layers) - 1
         forest_tables = tables._replace(k_pool=pool.layer(last)[0], v_pool=pool.layer(last)[1])
         read_rows, back = np.unique(forest.read_rows, return_inverse=True)
@@ -126,8 +128,8 @@ class ForestRunner:
             forest_tables._replace(tiles=self._device(forest.read_tiles(read_rows))),
         )
         logits, mass = self._head(rows, head)
-        index = self._device(back)
-        return logits[index], mass[index] if len(mass) else mass
+        order = self._device(back)
+        return logits[order], mass[order] if len(mass) else mass
 
     def _device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -136,22 +138,20 @@ class ForestRunner:
         return tensor.to(self.device)
 
     def _embed(
-        self, forest: PackedForest, features: Sequence[ImageFeatures], feature_index: np.ndarray
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        forest: PackedForest,
+        features: Sequence[ImageFeatures],
+        spans: Sequence[tuple[int, int, int]],
+    ) -> Tensor:
         total = bucket_rows(forest.rows) if self.pad else forest.rows
-        hidden = self.adapter.decoder.embed_tokens(self._device(_padded(forest.ids, total)))
-        image_rows = np.flatnonzero(feature_index >= 0)
-        rows, source = self._device(image_rows), self._device(feature_index[image_rows])
-        if len(image_rows):
+        hidden: Tensor = self.adapter.decoder.embed_tokens(
+            self._device(_padded(forest.ids, total))
+        )
+        if spans:
             embeds = torch.cat([f.embeds for f in features])
-            hidden = hidden.index_copy(0, rows, embeds.index_select(0, source).to(hidden.dtype))
-        return hidden, rows, source
-
-    def _deepstack(self, features: Sequence[ImageFeatures], source: Tensor) -> list[Tensor]:
-        if not len(source):
-            return []
-        levels = zip(*(f.deepstack for f in features), strict=True)
-        return [torch.cat(level).index_select(0, source) for level in levels]
+            for row, source, length in spans:
+                hidden[row : row + length] = embeds[source : source + length]
+        return hidden
 
     def _tables(self, forest: PackedForest, total: int, store: StorePlan) -> ForestTables:
         own = np.arange(total, dtype=np.int32)
@@ -175,21 +175,21 @@ class ForestRunner:
 
         config = self.adapter.text_config
         group = config.num_attention_heads // config.num_key_value_heads
-        return int(rows_per_tile(group, _head_dim(config), self.device))
+        return int(rows_per_tile(group, self.adapter.head_dim, self.device))
 
     def _head(self, rows: Tensor, head: LabelHead) -> tuple[Tensor, Tensor]:
         norm = self.adapter.decoder.norm
-        eps = getattr(norm, "variance_epsilon", None)
-        return verdict_head(
+        result: tuple[Tensor, Tensor] = verdict_head(
             rows,
             norm.weight,
-            float(eps if eps is not None else norm.eps),
+            float(norm.variance_epsilon),
             False,
             head.rows,
             head.ptr,
             head.vocab,
             self.impl if self.impl in ("torch", "triton", "reference") else "torch",
         )
+        return result
 
 
 def read_rows_of_last_layer(
@@ -231,18 +231,14 @@ def read_rows_of_last_layer(
     mlp = layer.mlp(layer.post_attention_layernorm(residual)[None])
     if isinstance(mlp, tuple):
         mlp = mlp[0]
-    return residual + mlp[0]
+    output: Tensor = residual + mlp[0]
+    return output
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in transformers' half-split convention."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def _head_dim(config: Any) -> int:
-    dim = getattr(config, "head_dim", None)
-    return int(dim or config.hidden_size // config.num_attention_heads)
 
 
 def _padded(array: np.ndarray, total: int) -> np.ndarray:

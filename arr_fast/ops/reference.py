@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,6 @@ def verdict_head_reference(
     x = x * (norm_weight.double() + (1.0 if unit_offset else 0.0))
     logits = x @ label_rows.double().T
     bounds = label_ptr.tolist()
-    labels = [logits[:, a:b].logsumexp(-1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    labels = [logits[:, a:b].logsumexp(-1) for a, b in pairwise(bounds)]
     vocab = (x @ vocab_weight.double().T).logsumexp(-1) if len(vocab_weight) else x.new_empty(0)
     return torch.stack(labels, dim=-1).float(), vocab.float()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +42,25 @@ def prefix_attention_torch(
     starts = own_start.tolist()
     run_list = runs.tolist()
     segments: list[tuple[int, int, int]] = []
+    path_rows = [False] * rows
     for block in _sibling_blocks(tiles.tolist()):
         path = [run for a, b in block.spans for run in run_list[a:b] if run[2]]
         if path:
             keys, values = _gather_path(k, k_pool, path), _gather_path(v, v_pool, path)
             index = _row_index(block.ranges, q.device)
             out[index], lse[index] = _ancestor_part(q[index], keys, values, scale)
+            for first, end in block.ranges:
+                path_rows[first:end] = [True] * (end - first)
         if block.with_own:
             for first, end in block.ranges:
                 segments += _own_segments(starts, first, end)
     for batch in _length_batches(segments):
-        rows_index, part, part_lse = _own_part(q, k, v, batch, scale)
-        weight = torch.sigmoid(part_lse - lse[rows_index]).unsqueeze(-1)
-        merged = torch.lerp(out[rows_index].float(), part.float(), weight)
-        out[rows_index] = merged.to(out.dtype)
+        index, part, part_lse = _own_part(q, k, v, batch, scale)
+        if isinstance(index, slice) and not path_rows[index.start]:
+            out[index] = part
+            continue
+        weight = torch.sigmoid(part_lse - lse[index]).unsqueeze(-1)
+        out[index] = torch.lerp(out[index].float(), part.float(), weight).to(out.dtype)
     return out
 
 
@@ -143,7 +149,7 @@ def _ancestor_part(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tup
 
 def _own_part(
     q: Tensor, k: Tensor, v: Tensor, batch: list[tuple[int, int, int]], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[slice | Tensor, Tensor, Tensor]:
     """Causal attention inside each segment of a batch.
 
     Returns:
@@ -153,21 +159,20 @@ def _own_part(
     if len(batch) == 1:
         start, row, stop = batch[0]
         query, key, value = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
-        rows_index = torch.arange(row, stop, device=device)
-        wanted = rows_index - start
-    else:
-        longest = max(stop - start for start, _, stop in batch)
-        bounds = torch.tensor(batch, device=device)
-        lane = torch.arange(longest, device=device)
-        index = torch.minimum(bounds[:, :1] + lane, bounds[:, 2:] - 1)
-        query, key, value = (x[index].transpose(1, 2) for x in (q, k, v))
-        offset = bounds[:, :1] + lane
-        is_wanted = (offset >= bounds[:, 1:2]) & (offset < bounds[:, 2:])
-        wanted = is_wanted.flatten().nonzero().squeeze(-1)
-        rows_index = index.flatten()[wanted]
+        out, lse = _flash(query, key, value, scale, is_causal=True)
+        wanted = slice(row - start, stop - start)
+        return slice(row, stop), out[0].transpose(0, 1)[wanted], lse[0].transpose(0, 1)[wanted]
+    longest = max(stop - start for start, _, stop in batch)
+    bounds = torch.tensor(batch, device=device)
+    offset = bounds[:, :1] + torch.arange(longest, device=device)
+    index = torch.minimum(offset, bounds[:, 2:] - 1)
+    query, key, value = (x[index].transpose(1, 2) for x in (q, k, v))
     out, lse = _flash(query, key, value, scale, is_causal=True)
-    out = out.transpose(1, 2).flatten(0, 1)[wanted]
-    return rows_index, out, lse.transpose(1, 2).flatten(0, 1)[wanted]
+    is_wanted = (offset >= bounds[:, 1:2]) & (offset < bounds[:, 2:])
+    chosen = is_wanted.flatten().nonzero().squeeze(-1)
+    rows = index.flatten()[chosen]
+    out = out.transpose(1, 2).flatten(0, 1)[chosen]
+    return rows, out, lse.transpose(1, 2).flatten(0, 1)[chosen]
 
 
 def _flash(
@@ -211,7 +216,7 @@ def verdict_head_torch(
         x = norm_weight * x.to(hidden.dtype)
     logits = F.linear(x, label_rows).float()
     bounds = label_ptr.tolist()
-    labels = [logits[:, a:b].logsumexp(-1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    labels = [logits[:, a:b].logsumexp(-1) for a, b in pairwise(bounds)]
     vocab = hidden.new_empty(0, dtype=torch.float32)
     if len(vocab_weight):
         vocab = logits.new_full((len(x),), float("-inf"))

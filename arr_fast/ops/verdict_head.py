@@ -10,6 +10,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,15 +46,7 @@ def verdict_head(
         ValueError: Shapes, dtypes or devices that do not fit; the message names the argument.
     """
     check_verdict_head(hidden, norm_weight, label_rows, label_ptr, vocab_weight)
-    if impl == "torch":
-        from arr_fast.ops.torch_impl import verdict_head_torch as launch
-    elif impl == "reference":
-        from arr_fast.ops.reference import verdict_head_reference as launch
-    elif impl == "triton":
-        from arr_fast_kernels.verdict_head import verdict_head as launch
-    else:
-        raise ValueError(f"impl must be torch, triton or reference, got {impl!r}")
-    result: tuple[Tensor, Tensor] = launch(
+    result: tuple[Tensor, Tensor] = _launcher(impl)(
         hidden=hidden,
         norm_weight=norm_weight,
         eps=eps,
@@ -62,6 +56,22 @@ def verdict_head(
         vocab_weight=vocab_weight,
     )
     return result
+
+
+def _launcher(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if impl == "torch":
+        from arr_fast.ops.torch_impl import verdict_head_torch
+
+        return verdict_head_torch
+    if impl == "reference":
+        from arr_fast.ops.reference import verdict_head_reference
+
+        return verdict_head_reference
+    if impl == "triton":
+        from arr_fast_kernels.verdict_head import verdict_head as launch
+
+        return launch
+    raise ValueError(f"impl must be torch, triton or reference, got {impl!r}")
 
 
 @verdict_head.register_fake

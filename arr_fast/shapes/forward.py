@@ -102,3 +102,51 @@ class VisionForward:
         q, k = apply_rotary_pos_emb_vision(q, k, self._cos, self._sin)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return attn.proj(out.transpose(1, 2).reshape(count, places, width))  # type: ignore[operator,no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderStates:
+    """Hidden states of packed rows.
+
+    Attributes:
+        probe: [B, T, hidden] after layer `probe_layer`, before any norm.
+        final: [B, T, hidden] after the final norm.
+    """
+
+    probe: Tensor
+    final: Tensor
+
+
+def decode(
+    model: Qwen3VLForConditionalGeneration,
+    ids_BT: Tensor,
+    positions_3BT: Tensor,
+    allowed: Tensor,
+    feature_BT: Tensor,
+    features: VisionFeatures,
+    probe_layer: int,
+) -> DecoderStates:
+    """Transformers' decoder layers under a dense mask.
+
+    Args:
+        model: The judge.
+        ids_BT: Token ids.
+        positions_3BT: M-RoPE positions.
+        allowed: bool [B, 1, T, T], True where a query may see a key.
+        feature_BT: Row of the flat image features for image tokens, -1 for text.
+        features: What the vision tower gave.
+        probe_layer: After how many layers `DecoderStates.probe` is taken.
+    """
+    text = model.model.language_model
+    is_image = (feature_BT >= 0)[..., None]
+    rows = feature_BT.clamp(min=0)
+    hidden = torch.where(is_image, features.merged.flatten(0, 1)[rows], text.embed_tokens(ids_BT))
+    positions = text.rotary_emb(hidden, positions_3BT)
+    probe = hidden
+    for number, layer in enumerate(text.layers):
+        hidden = layer(hidden, attention_mask=allowed, position_embeddings=positions)
+        if number < len(features.deepstack):
+            hidden = hidden + features.deepstack[number].flatten(0, 1)[rows] * is_image
+        if number + 1 == probe_layer:
+            probe = hidden
+    return DecoderStates(probe, text.norm(hidden))

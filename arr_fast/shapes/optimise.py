@@ -6,7 +6,47 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrix, roughly: Newton-Schulz iterations of Muon (Jordan, 2024).
+
+    Computed in float32, since bfloat16 products are emulated on most CPUs.
+    """
+    a, b, c = NEWTON_SCHULZ
+    flip = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if flip else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if flip else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for 2-d weights (Jordan, 2024)."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update; `closure` is not used."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                average = state["momentum"]
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                update = orthogonalise(weight.grad.lerp(average, group["momentum"]))
+                scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+                weight.mul_(1 - 0.01 * group["lr"]).add_(update, alpha=-group["lr"] * scale)
 
 
 class Optimiser:
@@ -31,7 +71,7 @@ class Optimiser:
         self.parameters = [*matrices, *rest]
         self._peaks = (muon_lr, adam_lr)
         self._parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01, ns_steps=4),
+            Muon(matrices, lr=muon_lr),
             torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 

@@ -2,7 +2,7 @@
 
 Stage 1 teaches the vision tower words, stage 2 teaches the decoder captions and verdicts. What a
 step sees is a function of (seed, stage, step) alone, so a resumed run repeats a straight one to the
-bit on the same machine with the same number of threads.
+bit on the same machine with the same number of workers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from types import FrameType
 import numpy as np
 import torch
 
-from arr_fast.shapes import vision_pretraining
+from arr_fast.shapes import judge_training, vision_pretraining
 from arr_fast.shapes.forward import VisionForward
 from arr_fast.shapes.model import build_model
 from arr_fast.shapes.optimise import Optimiser
+from arr_fast.shapes.rows import BatchMaker
 from arr_fast.shapes.run_state import Curve, load_state, save_state
 from arr_fast.shapes.tokenizer import build_tokenizer, domain_words
+from arr_fast.shapes.workers import average_gradients, start
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +38,18 @@ class Plan:
     Attributes:
         seed: Seeds weights and data.
         vision_steps: Steps of stage 1.
-        vision_batch: Pictures per step of stage 1.
+        vision_batch: Pictures per step and worker of stage 1.
+        judge_steps: Steps of stage 2.
+        judge_rows: Packed rows per step and worker of stage 2.
+        workers: Single-threaded processes that share every step.
     """
 
     seed: int = 0
     vision_steps: int = 700
-    vision_batch: int = 32
-    threads: int = 2
+    vision_batch: int = 24
+    judge_steps: int = 2000
+    judge_rows: int = 5
+    workers: int = 2
 
 
 def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> float:
@@ -58,9 +65,8 @@ class Interrupted(Exception):
 class Run:
     """One training run in a directory: model, state, curve."""
 
-    def __init__(self, out: Path, plan: Plan, resume: bool) -> None:
-        torch.set_num_threads(plan.threads)
-        self.out, self.plan = out, plan
+    def __init__(self, out: Path, plan: Plan, resume: bool, rank: int) -> None:
+        self.out, self.plan, self.rank = out, plan, rank
         self.tokenizer = build_tokenizer()
         self.model = build_model(self.tokenizer, plan.seed)
         self.model.train()
@@ -70,7 +76,8 @@ class Run:
         if self.saved is not None:
             self.model.load_state_dict(self.saved["model"])
             self.curve.spent = self.saved["cpu_seconds"]
-            self.curve.truncate(self.saved["stage"], self.saved["step"])
+            if rank == 0:
+                self.curve.truncate(self.saved["stage"], self.saved["step"])
         self._stop = False
 
     def word_ids(self) -> dict[str, int]:
@@ -98,29 +105,50 @@ class Run:
         stage: str,
         first: int,
         steps: int,
-        train_step: Callable[[int], dict[str, float]],
+        optimiser: Optimiser,
+        loss: Callable[[np.random.Generator], dict[str, torch.Tensor]],
         evaluate: Callable[[], dict[str, float]],
         extra: Callable[[], dict[str, object]],
         every: int,
     ) -> None:
-        """Runs steps, logs means, evaluates and saves every so many of them."""
+        """Runs the steps of a stage; every so many of them it logs, evaluates and saves.
+
+        Args:
+            stage: Name in curve and state.
+            first: Steps already done.
+            steps: Steps in all.
+            optimiser: Holds the trained parameters.
+            loss: Maps a generator to named losses; "loss" is the one that is minimised.
+            evaluate: Scores on held-out data; called by worker 0.
+            extra: What the state holds beside the model.
+            every: Interval of logging and saving.
+        """
+        number = {"vision": 1, "judge": 2}[stage]
         sums: dict[str, list[float]] = {}
         began = time.monotonic()
         for step in range(first, steps):
-            for name, value in train_step(step).items():
+            rng = np.random.default_rng([self.plan.seed, number, step, self.rank])
+            losses = loss(rng)
+            losses["loss"].backward()  # type: ignore[no-untyped-call]
+            values = [float(v.detach()) for v in losses.values()]
+            *means, stop = average_gradients(optimiser.parameters, [*values, float(self._stop)])
+            means.append(optimiser.step(schedule(step, steps)))
+            for name, value in zip([*losses, "grad_norm"], means, strict=True):
                 sums.setdefault(name, []).append(value)
             done = step + 1
-            if done % every == 0 or done == steps or self._stop:
-                means = {k: float(np.mean(v)) for k, v in sums.items()}
-                self.curve.add(stage, done, "train", means)
+            if done % every and done != steps and not stop:
+                continue
+            if self.rank == 0:
+                mean = {k: float(np.mean(v)) for k, v in sums.items()}
+                self.curve.add(stage, done, "train", mean)
                 scores = evaluate()
                 self.curve.add(stage, done, "held_out", scores)
                 self.save(stage, done, extra())
-                pace = (time.monotonic() - began) / max(1, len(next(iter(sums.values()))))
-                text = " ".join(f"{k}={v:.3f}" for k, v in {**means, **scores}.items())
+                pace = (time.monotonic() - began) / len(sums["loss"])
+                text = " ".join(f"{k}={v:.3f}" for k, v in {**mean, **scores}.items())
                 logger.info("%s %d/%d %.2f s/step %s", stage, done, steps, pace, text)
-                sums, began = {}, time.monotonic()
-            if self._stop:
+            sums, began = {}, time.monotonic()
+            if stop:
                 raise Interrupted(f"stopped after step {done} of {stage}")
 
 
@@ -138,13 +166,9 @@ def train_vision(run: Run) -> None:
         heads.load_state_dict(run.saved["heads"])
         optimiser.restore(run.saved["optimiser"])
 
-    def step(number: int) -> dict[str, float]:
-        rng = np.random.default_rng([plan.seed, 1, number])
+    def loss(rng: np.random.Generator) -> dict[str, torch.Tensor]:
         patches, targets = vision_pretraining.batch(rng, heads, plan.vision_batch, "train")
-        loss = heads.loss(run.vision(patches, deepstack=False).merged, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step(schedule(number, plan.vision_steps))
-        return {"loss": float(loss.detach())}
+        return {"loss": heads.loss(run.vision(patches, deepstack=False).merged, targets)}
 
     def extra() -> dict[str, object]:
         return {"heads": heads.state_dict(), "optimiser": optimiser.state()}
@@ -152,7 +176,46 @@ def train_vision(run: Run) -> None:
     def scores() -> dict[str, float]:
         return vision_pretraining.evaluate(run.vision, heads, plan.seed, 128)
 
-    run.loop("vision", first, plan.vision_steps, step, scores, extra, every=25)
+    run.loop("vision", first, plan.vision_steps, optimiser, loss, scores, extra, every=50)
+
+
+def train_decoder(run: Run) -> None:
+    """Stage 2."""
+    plan, model = run.plan, run.model
+    torch.manual_seed(plan.seed + 2)
+    probes = judge_training.TruthProbes(model.config.text_config.hidden_size)
+    maker = BatchMaker(run.tokenizer)
+    losses = judge_training.JudgeLoss(model, run.vision, probes, maker)
+    named = [(n, p) for n, p in model.named_parameters() if n != "lm_head.weight"]
+    optimiser = Optimiser([*named, *probes.named_parameters()], muon_lr=0.02, adam_lr=1.5e-3)
+    first = 0
+    if run.saved is not None and run.saved["stage"] == "judge":
+        first = run.saved["step"]
+        probes.load_state_dict(run.saved["probes"])
+        optimiser.restore(run.saved["optimiser"])
+
+    def loss(rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        batch, patches = maker.batch(rng, plan.judge_rows, "train", judge_training.MIX)
+        return losses.losses(batch, patches, caption_weight=1.0, probe_weight=0.5)
+
+    def extra() -> dict[str, object]:
+        return {"probes": probes.state_dict(), "optimiser": optimiser.state()}
+
+    def scores() -> dict[str, float]:
+        return judge_training.evaluate(losses, plan.seed, 48)
+
+    run.loop("judge", first, plan.judge_steps, optimiser, loss, scores, extra, every=50)
+
+
+def work(rank: int, out: Path, plan: Plan, resume: bool) -> None:
+    """What every worker does."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    run = Run(out, plan, resume, rank)
+    signal.signal(signal.SIGTERM, run.request_stop)
+    signal.signal(signal.SIGINT, run.request_stop)
+    if run.saved is None or run.saved["stage"] == "vision":
+        train_vision(run)
+    train_decoder(run)
 
 
 def main() -> None:
@@ -160,15 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=Plan.vision_steps)
+    parser.add_argument("--vision-steps", type=int, default=Plan().vision_steps)
+    parser.add_argument("--judge-steps", type=int, default=Plan().judge_steps)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    run = Run(args.out, Plan(seed=args.seed, vision_steps=args.vision_steps), args.resume)
-    signal.signal(signal.SIGTERM, run.request_stop)
-    signal.signal(signal.SIGINT, run.request_stop)
-    if run.saved is None or run.saved["stage"] == "vision":
-        train_vision(run)
+    plan = Plan(args.seed, args.vision_steps, judge_steps=args.judge_steps)
+    start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume)
 
 
 if __name__ == "__main__":

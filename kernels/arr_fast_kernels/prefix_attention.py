@@ -31,6 +31,7 @@ from arr_fast_kernels.configs import (
     arch_of,
     attention_config,
     dot_precision,
+    padded_head_dim,
 )
 
 MERGE_BLOCK_M = 16  # 16 x 256 fp32 accumulators are 32 registers a thread on 4 warps
@@ -354,7 +355,7 @@ def prefix_attention(
     partial_lse = q.new_empty((slots, kv_heads, config.block_m), dtype=torch.float32)
     slot_row = torch.full((slots, 2), -1, dtype=torch.int32, device=q.device)
     group = query_heads // kv_heads
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = padded_head_dim(head_dim)
     _prefix_attention_kernel[(tile_count, kv_heads)](
         out_ptr=out,
         partial_ptr=partial,

@@ -1,7 +1,7 @@
 """What the commands judge: items from options, or from a JSONL or JSON file.
 
 A file may use this project's names (prompt, image_a, image_b, source) or those of the Auto-Rubric
-reference (docs/data_formats.md there): see the tables below. Relative paths are relative to the file.
+reference (docs/data_formats.md there): see the tables below. Paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ def _records(text: str, path: Path) -> list[tuple[str, Any]]:
     return records
 
 
-def _item(
-    record: Mapping[str, Any], where: str, folder: Path, count: int | None
-) -> InputItem:
+def _item(record: Mapping[str, Any], where: str, folder: Path, count: int | None) -> InputItem:
     prompt = _first(record, PROMPT)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ItemError(f"{where}: needs a non-empty string under one of: {', '.join(PROMPT)}")

@@ -1,0 +1,43 @@
+"""The command line: `arr-fast COMMAND --help`. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from arr_fast import __version__
+from arr_fast.cli import benching, demo, info, judging, verify
+
+app = typer.Typer(
+    name="arr-fast",
+    help="Many rubric criteria over image pairs, read in one forward of a vision-language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"arr-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+app.command("demo")(demo.demo)
+app.command("compare")(judging.compare)
+app.command("score")(judging.score)
+app.command("rank")(judging.rank)
+app.command("verify")(verify.verify)
+app.command("info")(info.info)
+app.add_typer(benching.app, name="bench")

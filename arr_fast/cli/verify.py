@@ -1,0 +1,158 @@
+"""`arr-fast verify`: replays verdicts with independent plain transformers forwards."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import track
+from rich.table import Table
+
+from arr_fast import __version__
+from arr_fast.cli import options as opt
+from arr_fast.cli.options import console, err_console
+from arr_fast.data.items import InputItem, ItemError, read_items
+
+if TYPE_CHECKING:
+    from arr_fast.judge import Judge
+    from arr_fast.trace import VerdictTrace
+
+SCHEMA = 1
+# Bound of DESIGN.md 6; other types have no bound that holds for every model.
+TOLERANCES = {"float32": 1e-4}
+
+
+def verify(
+    items: Annotated[
+        Path | None, typer.Argument(help="Pairs to judge (as compare); else the bundled ones.")
+    ] = None,
+    model: opt.Model = opt.BUILTIN,
+    n: Annotated[int, typer.Option("--n", min=1, help="Verdicts to replay.")] = 50,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest allowed |difference| in log-odds.")
+    ] = None,
+    rubric: opt.RubricName = None,
+    revision: opt.Revision = None,
+    adapter: opt.Adapter = None,
+    dtype: Annotated[
+        opt.DtypeChoice, typer.Option(help="Of both sides; other than float32, give --tolerance.")
+    ] = "float32",
+    device: opt.Device = "auto",
+    impl: opt.Impl = "auto",
+    json_path: opt.JsonPath = None,
+) -> None:
+    """Replay a sample of verdicts with plain transformers; exit 1 above the tolerance."""
+    with opt.one_line_errors():
+        bound = tolerance if tolerance is not None else TOLERANCES.get(dtype)
+        if bound is None:
+            raise ItemError(f"--dtype {dtype} has no bound of its own; give --tolerance")
+        pairs = _pairs(items)
+        judge = opt.load_judge(
+            model, revision=revision, adapter=adapter, dtype=dtype, device=device, impl=impl
+        )
+        traces = _sample(_traces(judge, pairs, opt.RubricBook(rubric, model), n), n)
+        rows = _replay(judge, traces, revision, adapter)
+        # A NaN on either side is the largest difference there is.
+        worst = max(
+            rows, key=lambda row: math.inf if row["difference"] is None else row["difference"]
+        )
+        flips = [
+            row
+            for row in rows
+            if row["difference"] is not None
+            and row["engine"] * row["transformers"] < 0
+            and abs(row["transformers"]) > 2 * bound
+        ]
+        largest = math.inf if worst["difference"] is None else worst["difference"]
+        passed = largest <= bound and not flips
+        table = Table("", "", show_header=False, box=None)
+        table.add_row("model", f"{judge.engine.loaded.name} ({judge.engine.loaded.revision})")
+        table.add_row("verdicts replayed", str(len(rows)))
+        table.add_row("largest |difference|", f"{largest:.3g} in log-odds")
+        table.add_row(
+            "of", f"item {worst['item']}, criterion {worst['criterion']}, {worst['order']}"
+        )
+        table.add_row("tolerance", f"{bound:.3g}")
+        table.add_row("sign flips", str(len(flips)))
+        table.add_row("result", "[green]pass[/]" if passed else "[red]FAIL[/]")
+        console.print(table)
+        if json_path is not None:
+            document = {
+                "schema": f"arr_fast.verify/{SCHEMA}",
+                "arr_fast_version": __version__,
+                "model": judge.engine.loaded.name,
+                "revision": judge.engine.loaded.revision,
+                "dtype": dtype,
+                "impl": judge.engine.impl,
+                "tolerance": bound,
+                "largest_difference": worst["difference"],
+                "flips": len(flips),
+                "passed": passed,
+                "verdicts": rows,
+            }
+            json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        if not passed:
+            raise typer.Exit(1)
+
+
+def _pairs(path: Path | None) -> list[InputItem]:
+    from arr_fast.demo import demo_items
+
+    return demo_items() if path is None else read_items(path, count=2)
+
+
+def _traces(
+    judge: Judge, pairs: list[InputItem], rubric_of: opt.RubricBook, n: int
+) -> list[VerdictTrace]:
+    """Traces of pairs in both orders with the holistic leaf, and of their first images alone."""
+    from dataclasses import replace
+
+    found: list[VerdictTrace] = []
+    for number, pair in enumerate(pairs):
+        rubric = rubric_of(pair)
+        sources = None if pair.source is None else [pair.source]
+        prompts, first, second = [pair.prompt], [pair.images[0]], [pair.images[1]]
+        traces = judge.trace(prompts, first, second, rubric, sources=sources, mode="both")
+        traces += judge.trace(prompts, first, rubric=rubric, sources=sources)
+        found += [replace(trace, item=number) for trace in traces]
+        if len(found) >= 20 * n:
+            break
+    return found
+
+
+def _sample(traces: list[VerdictTrace], n: int) -> list[VerdictTrace]:
+    """n traces, evenly spread over items, orders and criteria."""
+    if len(traces) <= n:
+        return traces
+    return [traces[i * len(traces) // n] for i in range(n)]
+
+
+def _replay(
+    judge: Judge, traces: list[VerdictTrace], revision: str | None, adapter: str | None
+) -> list[dict[str, Any]]:
+    from arr_fast.replay import Replayer
+    from arr_fast.verdict_arrays import jsonable
+
+    loaded = judge.engine.loaded
+    replayer = Replayer.from_pretrained(
+        loaded.path, dtype=loaded.dtype, device=loaded.device, revision=revision, adapter=adapter
+    )
+    rows = []
+    for trace in track(traces, "replaying", console=err_console, transient=True):
+        expected = replayer.log_odds(trace)
+        difference = abs(trace.log_odds - expected)
+        rows.append(
+            {
+                "item": trace.item,
+                "criterion": trace.criterion,
+                "order": trace.order,
+                "tokens": len(trace.input_ids),
+                "engine": jsonable(trace.log_odds),
+                "transformers": jsonable(expected),
+                "difference": jsonable(difference),
+            }
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""Preference data: what is read from files."""

@@ -1,0 +1,198 @@
+"""From examples to packed rows: the training mix of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from arr_fast import prompts
+from arr_fast.prompts import PromptEncoder
+from arr_fast.shapes import easy_vqa
+from arr_fast.shapes.captions import NUMBERS
+from arr_fast.shapes.forward import patchify
+from arr_fast.shapes.packing import (
+    PackedBatch,
+    Path,
+    RowPacker,
+    Tree,
+    Verdict,
+    encode_path,
+    shared_prefix,
+)
+from arr_fast.shapes.pairs import Example, sample_edit_pair, sample_pair, single_picture
+from arr_fast.shapes.render import render
+from arr_fast.shapes.scene import Scene, Split
+
+THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
+ROW_TOKENS = 352
+LARGE_SIDES = (96, 128, 256)
+
+# Relative frequency of the kinds of claim among the candidates of a pair.
+KIND_WEIGHTS = {
+    "presence": 0.6,
+    "absence": 0.6,
+    "colour": 2.0,
+    "size": 3.0,
+    "relation": 5.0,
+    "position": 1.5,
+    "caption_relation": 8.0,
+    "caption_colours": 5.0,
+    "caption_background": 3.0,
+    "caption_extra": 2.0,
+    "caption_objects": 2.0,
+    "caption_count": 1.5,
+    "faithful": 2.5,
+}
+
+
+def make_encoder(tokenizer: Any) -> PromptEncoder:
+    """The prompt encoder of the bundled judge's tokenizer."""
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return PromptEncoder(
+        tokenizer, image_token="<|image_pad|>", expand_image=lambda n: [([pad] * n, True)]
+    )
+
+
+def describe_picture(scene: Scene) -> str:
+    """A dense caption: every object with its place from top to bottom, then the picture's state."""
+    if scene.is_static:
+        return " noise"
+    parts = [f" {NUMBERS[len(scene.objects)]}"]
+    for obj in sorted(scene.objects, key=lambda o: (int(o.y * 3), o.x)):
+        row, column = THIRDS[0][min(int(obj.y * 3), 2)], THIRDS[1][min(int(obj.x * 3), 2)]
+        parts.append(f" {obj.size} {obj.colour} {obj.shape} {row} {column}")
+    state = f" {scene.background} background"
+    state += " blurry" if scene.blur else " sharp"
+    state += " noisy" if scene.noise else " clean"
+    state += " covered" if scene.hidden is not None else " free"
+    state += " cut" if any(o.is_cut for o in scene.objects) else " whole"
+    return ",".join([*parts, state])
+
+
+@dataclass(slots=True)
+class BatchMaker:
+    """Builds packed batches of the training mix.
+
+    Attributes:
+        tokenizer: The judge's tokenizer.
+        length: Tokens per row.
+        answers: Whether pairs carry caption branches.
+    """
+
+    tokenizer: Any
+    length: int = ROW_TOKENS
+    answers: bool = True
+    encoder: PromptEncoder = field(init=False)
+    _encode: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.encoder = make_encoder(self.tokenizer)
+        plain = prompts.plain_backend(self.tokenizer)
+        end = [self.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        self._encode = lru_cache(maxsize=20000)(
+            lambda text: plain.encode(text, add_special_tokens=False).ids + end
+        )
+
+    def pair_tree(self, example: Example, first_picture: int) -> Tree:
+        """A pair with its criteria and, before them, two caption branches."""
+        task: prompts.Task = "t2i" if example.source is None else "edit"
+        parts = prompts.pair_parts(task, example.caption)
+        count = 2 if task == "t2i" else 3
+        paths: list[Path] = []
+        verdicts: list[Verdict | None] = []
+        answers: list[int] = []
+        if self.answers:
+            for number, scene in enumerate(example.scenes, 1):
+                answer = self._encode(describe_picture(scene))
+                asked = [*parts, f"\nDescribe Image {number}."]
+                paths.append(encode_path(self.encoder, asked, count, answer))
+                verdicts.append(None)
+                answers.append(len(answer))
+        for criterion in example.criteria:
+            asked = [*parts, prompts.criterion_leaf(criterion.text)]
+            paths.append(encode_path(self.encoder, asked, count))
+            a, b = (float(t) for t in criterion.truths)
+            verdicts.append(Verdict(criterion.kind, 0.5 + 0.5 * (a - b), (a, b)))
+            answers.append(0)
+        pictures = tuple(range(first_picture, first_picture + count))
+        prefix = shared_prefix(paths)
+        return Tree(tuple(paths), prefix, tuple(verdicts), tuple(answers), pictures, True)
+
+    def point_tree(
+        self,
+        task: prompts.Task,
+        caption: str,
+        asked: Sequence[tuple[str, str, bool]],
+        first_picture: int,
+    ) -> Tree:
+        """One picture with (kind, criterion, truth) asked about it."""
+        parts = prompts.point_parts(task, caption)
+        count = 1 if task == "t2i" else 2
+        leaves = [[*parts, prompts.criterion_leaf(text)] for _, text, _ in asked]
+        paths = tuple(encode_path(self.encoder, leaf, count) for leaf in leaves)
+        nan = float("nan")
+        verdicts = tuple(Verdict(kind, float(t), (float(t), nan)) for kind, _, t in asked)
+        pictures = tuple(range(first_picture, first_picture + count))
+        prefix = shared_prefix(paths) if len(paths) > 1 else len(paths[0].ids) - 1
+        return Tree(paths, prefix, verdicts, (0,) * len(paths), pictures, False)
+
+    def batch(
+        self, rng: np.random.Generator, rows: int, split: Split, mix: dict[str, float]
+    ) -> tuple[PackedBatch, Tensor]:
+        """Rows drawn from the mix, and the patches of their pictures.
+
+        Args:
+            rng: Source of chance.
+            rows: How many rows.
+            split: Of scenes and phrasings.
+            mix: Relative frequency of "pair", "edit", "point", "point_edit" and "vqa" rows.
+        """
+        packer = RowPacker(self.length)
+        images: list[Image.Image] = []
+        names, shares = list(mix), np.array(list(mix.values()))
+        for _ in range(rows):
+            packer.new_row()
+            kind = names[int(rng.choice(len(names), p=shares / shares.sum()))]
+            self._fill(rng, kind, packer, images, split)
+        return packer.finish(), patchify(images)
+
+    def _fill(
+        self,
+        rng: np.random.Generator,
+        kind: str,
+        packer: RowPacker,
+        images: list[Image.Image],
+        split: Split,
+    ) -> None:
+        if kind == "vqa":
+            while packer.free > 130:
+                pool = easy_vqa.pictures("train")
+                picture = pool[int(rng.integers(len(pool)))]
+                asked = [("easy_vqa", q.text, q.answer) for q in picture.questions]
+                caption = easy_vqa.NEUTRAL_CAPTION
+                packer.add(self.point_tree("t2i", caption, asked, len(images)))
+                images.append(picture.load("train"))
+            return
+        sampler = sample_edit_pair if kind in ("edit", "point_edit") else sample_pair
+        while True:
+            example = sampler(rng, split, 16, KIND_WEIGHTS)
+            if len(example.criteria) >= 4:
+                break
+        side = 64 if rng.random() < 0.85 else int(rng.choice(LARGE_SIDES))
+        source = [] if example.source is None else [render(example.source, side)]
+        if kind in ("pair", "edit"):
+            packer.add(self.pair_tree(example, len(images)))
+            images += [*source, *(render(s, side) for s in example.scenes)]
+            return
+        task: prompts.Task = "edit" if source else "t2i"
+        for which in (0, 1):
+            single = single_picture(example, which)
+            half = [(c.kind, c.text, c.truths[0]) for c in single.criteria[which::2]]
+            packer.add(self.point_tree(task, single.caption, half, len(images)))
+            images += [*source, render(single.scenes[0], side)]

@@ -1,0 +1,304 @@
+"""Compiles every case ahead of time for GPUs that need not be present, and reads what the compiler made of it.
+
+NVIDIA: registers, stack and shared memory from `cuobjdump --dump-resource-usage` on the cubin (spills live in the stack frame, so stack 0
+is no spill), instructions from PTX. AMD: the metadata and instructions of the AMDGCN text. The interpreter replaces `triton.jit`, so this
+module refuses to run under TRITON_INTERPRET=1. Idea: Triton's own python/test/unit/language/test_compile_only.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from arr_fast_kernels.configs import ARCHS
+from arr_fast_kernels.specs import Case, cases
+
+MATRIX_INSTRUCTION = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+ASYNC_COPY = {"sm": r"cp\.async\.c[ag]|cp\.async\.bulk", "gfx": r"buffer_load_dword.* lds"}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A card's limits, from its data sheet: dense bf16 and fp32 peak, bandwidth, and what a multiprocessor holds.
+
+    Attributes:
+        name: Marketing name.
+        matrix_tflops: Dense 16-bit matrix peak, TFLOP/s.
+        fp32_tflops: Vector fp32 peak, TFLOP/s.
+        bandwidth: HBM bandwidth, GB/s.
+        shared_per_block: Most shared memory of one program, bytes.
+        shared_per_sm: Shared memory of a multiprocessor, bytes.
+        warps_per_sm: Resident warps (waves).
+        registers_per_sm: 32-bit registers (NVIDIA); registers of one lane of a SIMD (AMD).
+    """
+
+    name: str
+    matrix_tflops: float
+    fp32_tflops: float
+    bandwidth: float
+    shared_per_block: int
+    shared_per_sm: int
+    warps_per_sm: int
+    registers_per_sm: int
+
+
+GPUS = {
+    "sm_80": Gpu("A100", 312, 19.5, 2039, 163 * 1024, 164 * 1024, 64, 65536),
+    "sm_90": Gpu("H100", 989, 67, 3350, 227 * 1024, 228 * 1024, 64, 65536),
+    "sm_100": Gpu("B200", 2250, 80, 8000, 227 * 1024, 228 * 1024, 64, 65536),
+    "gfx942": Gpu("MI300X", 1307, 163, 5300, 64 * 1024, 64 * 1024, 32, 512),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the compiler made of one case.
+
+    Attributes:
+        registers: per thread (NVIDIA) or vector registers per lane, agprs included (AMD).
+        spill_bytes: stack frame (NVIDIA) or private segment (AMD), bytes per thread.
+        vgpr_spills: spilled vector registers (AMD; 0 elsewhere).
+        shared: shared memory of a program, bytes.
+        matrix: matrix instructions of the architecture's own kind in the text.
+        async_copies: asynchronous copies to shared memory in the text.
+    """
+
+    registers: int
+    spill_bytes: int
+    vgpr_spills: int
+    shared: int
+    matrix: int
+    async_copies: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the report: a case, its resources, and the card's roofline."""
+
+    case: Case
+    resources: Resources
+    blocks_per_sm: int
+    roofline_us: float
+    bound: str
+    problems: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the line as plain data."""
+        keys = ("op", "kernel", "shape", "dtype", "arch", "num_warps", "num_stages", "programs")
+        keys += ("flops", "least_bytes", "bytes", "hbm_bytes", "reason")
+        return {
+            **{key: getattr(self.case, key) for key in keys},
+            "constants": dict(self.case.constants),
+            **asdict(self.resources),
+            "blocks_per_sm": self.blocks_per_sm,
+            "gpu": GPUS[self.case.arch].name,
+            "roofline_us": self.roofline_us,
+            "bound": self.bound,
+            "bytes_over_least": self.case.hbm_bytes / self.case.least_bytes,
+            "problems": list(self.problems),
+        }
+
+
+def compile_case(case: Case) -> Resources:
+    """Compiles one case for its architecture.
+
+    Raises:
+        RuntimeError: called under the interpreter.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("ahead-of-time compilation cannot run under TRITON_INTERPRET=1")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"arr_fast_kernels.{case.op}"), case.kernel)
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in case.constants else case.types[name]
+        if signature[name].startswith("*") or name in case.aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", int(case.arch[3:]), 32)
+    if case.arch.startswith("gfx"):
+        target = GPUTarget("hip", case.arch, 64)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, case.constants, attributes),
+        target=target,
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    shared = int(compiled.metadata.shared)
+    if case.arch.startswith("gfx"):
+        return _read_amdgcn(compiled.asm["amdgcn"], shared)
+    return _read_cubin(compiled.asm["cubin"], compiled.asm["ptx"], case.arch, shared)
+
+
+def _read_cubin(cubin: bytes, ptx: str, arch: str, shared: int) -> Resources:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    registers, stack, _, local = map(int, found.groups())
+    return Resources(
+        registers=registers,
+        spill_bytes=stack + local,
+        vgpr_spills=0,
+        shared=shared,
+        matrix=ptx.count(MATRIX_INSTRUCTION[arch]),
+        async_copies=len(re.findall(ASYNC_COPY["sm"], ptx)),
+    )
+
+
+def _read_amdgcn(text: str, shared: int) -> Resources:
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"the AMDGCN metadata has no {key}")
+        return int(found.group(1))
+
+    return Resources(
+        registers=number("vgpr_count"),
+        spill_bytes=number("private_segment_fixed_size"),
+        vgpr_spills=number("vgpr_spill_count"),
+        shared=shared,
+        matrix=text.count(MATRIX_INSTRUCTION["gfx942"]),
+        async_copies=len(re.findall(ASYNC_COPY["gfx"], text)),
+    )
+
+
+def blocks_per_sm(case: Case, resources: Resources) -> int:
+    """Programs that one multiprocessor holds, by registers, shared memory and warps."""
+    gpu = GPUS[case.arch]
+    if case.arch.startswith("gfx"):
+        waves_per_simd = min(gpu.registers_per_sm // _round_up(resources.registers, 8), 8)
+        by_registers = 4 * waves_per_simd // case.num_warps
+        reserved = 0
+    else:
+        per_warp = _round_up(resources.registers, 8) * 32
+        by_registers = gpu.registers_per_sm // per_warp // case.num_warps
+        reserved = 1024  # the driver takes 1 KiB of each program's shared memory
+    by_shared = gpu.shared_per_sm // max(resources.shared + reserved, 1)
+    return min(by_registers, by_shared, gpu.warps_per_sm // case.num_warps, 32)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def roofline(case: Case) -> tuple[float, str]:
+    """Least time on the card in microseconds, and what bounds it: "memory" or "compute"."""
+    gpu = GPUS[case.arch]
+    memory = case.hbm_bytes / (gpu.bandwidth * 1e9)
+    peak = gpu.matrix_tflops if case.matrix and case.dtype != "fp32" else gpu.fp32_tflops
+    compute = case.flops / (peak * 1e12)
+    return max(memory, compute) * 1e6, "memory" if memory >= compute else "compute"
+
+
+def problems_of(case: Case, resources: Resources) -> tuple[str, ...]:
+    """Broken budgets of one case; fp32 carries no spill and no matrix gate."""
+    found = []
+    limit = GPUS[case.arch].shared_per_block
+    if resources.shared > limit:
+        found.append(f"shared memory {resources.shared} over the card's {limit}")
+    if case.dtype != "fp32":
+        if resources.spill_bytes:
+            found.append(f"{resources.spill_bytes} bytes of stack")
+        if resources.vgpr_spills:
+            found.append(f"{resources.vgpr_spills} vgprs spilled")
+        if case.matrix and not resources.matrix:
+            found.append(f"no {MATRIX_INSTRUCTION[case.arch]}")
+    if case.op in ("sde_step", "rpo_loss") and case.hbm_bytes > 1.1 * case.least_bytes:
+        found.append("bytes over 1.1x the least")
+    if case.kernel == "_prefix_attention_kernel":
+        if case.extra["tiles"] > case.extra["tile_limit"]:
+            found.append(f"{case.extra['tiles']:.0f} tiles over {case.extra['tile_limit']:.0f}")
+        if int(case.constants["BLOCK_M"]) < 64:
+            found.append("BLOCK_M under 64")
+        if case.extra["requested"] > 1.15 * case.extra["path_bytes"]:
+            found.append("KV bytes over 1.15x tiles x path")
+    return tuple(found)
+
+
+def build_row(case: Case) -> Row:
+    """Compiles one case and judges it."""
+    resources = compile_case(case)
+    time, bound = roofline(case)
+    return Row(
+        case=case,
+        resources=resources,
+        blocks_per_sm=blocks_per_sm(case, resources),
+        roofline_us=time,
+        bound=bound,
+        problems=problems_of(case, resources),
+    )
+
+
+def build_rows(work: Sequence[Case], *, jobs: int = 1) -> Iterable[Row]:
+    """Compiles cases in order, in `jobs` processes; equal binaries come from Triton's cache."""
+    if jobs <= 1:
+        yield from map(build_row, work)
+        return
+    # A forked child would share the parent's compiler state; each worker starts its own.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(build_row, work)
+
+
+def canonical_arch(name: str) -> str:
+    """"80", "sm80" or "sm_80" -> "sm_80"; "gfx942" stays.
+
+    Raises:
+        ValueError: an architecture without shipped configurations.
+    """
+    text = name.strip().lower().replace("sm_", "").replace("sm", "")
+    arch = f"sm_{text}" if text.isdigit() else text
+    if arch not in ARCHS:
+        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {name!r}")
+    return arch
+
+
+def report(rows: Sequence[Row]) -> dict[str, Any]:
+    """The documented JSON object of `arr-fast kernels report`."""
+    import triton
+
+    return {
+        "schema": "arr_fast.kernels/1",
+        "triton": triton.__version__,
+        "rows": [row.as_json() for row in rows],
+        "ok": not any(row.problems for row in rows),
+    }
+
+
+def write_report(archs: Sequence[str], path: Path) -> None:
+    """Compiles every fp16 and bf16 case of some architectures and writes the table; setup.py calls this."""
+    work = [case for arch in archs for case in cases(canonical_arch(arch))]
+    rows = list(build_rows(work, jobs=os.cpu_count() or 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report(rows), indent=1) + "\n")
