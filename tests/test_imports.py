@@ -75,17 +75,14 @@ except ImportError:
     assert found == "None" or not Path(found).is_relative_to(ROOT / "kernels")
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
+def test_vision_language_models_import_from_the_root():
+    modules = (
         "transformers.integrations.hub_kernels",
         "transformers.models.qwen2_vl.modeling_qwen2_vl",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
         "transformers.models.qwen3_vl.modeling_qwen3_vl",
-    ],
-)
-def test_vision_language_models_import_from_the_root(module):
-    assert fresh(f"import {module}; print('ok')") == "ok"
+    )
+    assert fresh(f"import {', '.join(modules)}; print('ok')") == "ok"
 
 
 def imports_of(path: Path) -> set[str]:
@@ -132,7 +129,8 @@ def test_the_scan_sees_nested_and_relative_imports(tmp_path, monkeypatch):
 
 
 LOWER = {
-    "arr_fast/engine": ("judge", "cli", "serve", "integrations", "rpo", "bench", "shapes"),
+    # The engine finds builtin: and random: checkpoints by name, so it may ask shapes and bench.
+    "arr_fast/engine": ("judge", "cli", "serve", "integrations", "rpo"),
     "arr_fast/ops": ("engine", "judge", "cli", "serve", "integrations", "rpo", "bench", "shapes"),
     "arr_fast/rpo": ("judge", "engine", "cli", "serve", "integrations"),
 }
@@ -162,9 +160,7 @@ def test_kernels_import_only_triton_and_torch():
 def test_only_ops_reach_the_kernels_and_the_reference_never_does():
     for path in sources("arr_fast/**/*.py"):
         inside = path.relative_to(ROOT / "arr_fast").parts[0]
-        allowed = inside in ("ops", "bench", "cli.py", "cli", "info.py") and (
-            path.name != "reference.py"
-        )
+        allowed = inside in ("ops", "bench", "cli") and (path.name != "reference.py")
         if not allowed:
             assert not reaches(path, "arr_fast_kernels", "triton"), path
 

@@ -29,7 +29,7 @@ FAMILIES = (
 )
 PREFIX = "random:"
 # Part of the cache key: raise it when the same spec would give other files.
-_BUILDER_VERSION = 1
+_BUILDER_VERSION = 2
 _NAME = re.compile(r"random:([a-z0-9_]+)-([a-z0-9]+)(?:\[([^\]]*)\])?")
 
 
@@ -80,7 +80,7 @@ class RandomModelSpec:
     experts: int = 8
     experts_per_token: int = 2
     max_positions: int = 8192
-    log_odds_std: float = 2.0
+    log_odds_std: float = 2.5
     calibration_pixels: int = 112
     seed: int = 0
 
@@ -88,7 +88,9 @@ class RandomModelSpec:
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}; there are {', '.join(FAMILIES)}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+            )
         if self.family in ("qwen2_vl", "qwen2_5_vl") and self.hidden != self.heads * self.head_dim:
             raise ValueError(
                 f"{self.family} needs hidden == heads * head_dim, "

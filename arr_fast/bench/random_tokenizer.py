@@ -124,7 +124,9 @@ _SENTENCES = (
 
 # Plain words of the corpus, for prompts of exact length.
 WORDS = tuple(
-    sorted({word for line in _SENTENCES for word in line.split() if word.isalpha() and word.islower()})
+    sorted(
+        {word for line in _SENTENCES for word in line.split() if word.isalpha() and word.islower()}
+    )
 )
 
 

@@ -208,15 +208,21 @@ def exact_text(
     """
     base = prompts.text_tokens(after)
     words = [] if first is None else [first]
-    while True:
-        count = prompts.text_tokens(after + "".join(f" {word}" for word in words)) - base
-        if count == tokens:
-            return " ".join(words)
-        if count > tokens:
-            raise ValueError(f"cannot make a text of {tokens} tokens after {after!r}")
-        # Near the end only one-letter words are sure to fit.
-        word = "a" if tokens - count < 6 else str(rng.choice(WORDS))
+
+    def count(extra: str = "") -> int:
+        text = "".join(f" {word}" for word in [*words, extra] if word)
+        return prompts.text_tokens(after + text) - base
+
+    while (have := count()) < tokens:
+        picks = [str(word) for word in rng.choice(WORDS, 8)]
+        fitting = (word for word in [*picks, "a"] if have < count(word) <= tokens)
+        word = next(fitting, None)
+        if word is None:
+            break
         words.append(word)
+    if have != tokens:
+        raise ValueError(f"cannot make a text of {tokens} tokens after {after!r}")
+    return " ".join(words)
 
 
 def noise_image(rng: np.random.Generator, height: int, width: int) -> CanonicalImage:
@@ -226,9 +232,7 @@ def noise_image(rng: np.random.Generator, height: int, width: int) -> CanonicalI
         rng: Source of randomness.
         height, width: Pixels.
     """
-    coarse = rng.integers(
-        0, 256, (max(2, height // 32), max(2, width // 32), 3), dtype=np.uint8
-    )
+    coarse = rng.integers(0, 256, (max(2, height // 32), max(2, width // 32), 3), dtype=np.uint8)
     blobs = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     grain = rng.integers(-16, 17, (height, width, 3))
     pixels = np.clip(np.asarray(blobs, dtype=np.int16) + grain, 0, 255).astype(np.uint8)

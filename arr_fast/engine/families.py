@@ -228,25 +228,22 @@ class LlavaOnevisionAdapter(FamilyAdapter):
     """LLaVA-OneVision in its multi-image mode: the base view and one newline per image."""
 
     def encode_images(self, images: Sequence[CanonicalImage]) -> list[ImageFeatures]:
-        """Each image as its base view.
+        """Each image as its base view, padded to a square.
 
         The model crops an image that stands alone into tiles; judged images are always treated as
         members of a multi-image conversation, so a lone image is encoded beside itself.
         """
         shown = [*images, *images] if len(images) == 1 else [*images]
-        batch = self._process([[image] for image in shown])
+        nested = [[image.to_pil() for image in shown]]
+        batch = self.image_processor(images=nested, return_tensors="pt")
         output = self.model.model.get_image_features(
-            self._to_device(batch["pixel_values"][:, :1]),
+            self._to_device(batch["pixel_values"]),
             batch["image_sizes"],
             batch_num_images=torch.tensor([len(shown)]),
             return_dict=True,
         )
         features = [ImageFeatures(e.contiguous(), (), (1, len(e))) for e in output.pooler_output]
         return features[: len(images)]
-
-    def _process(self, images: Sequence[Any], **kwargs: Any) -> dict[str, Tensor]:
-        nested = [[image.to_pil() for image in group] for group in images]
-        return dict(self.image_processor(images=nested, return_tensors="pt", **kwargs))
 
 
 FAMILIES: dict[str, type[FamilyAdapter]] = {

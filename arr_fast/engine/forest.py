@@ -166,7 +166,10 @@ def pack_forest(
     covered = {s: sum(run.length for run in runs) for s, runs in cached.items()}
     for number, length in covered.items():
         if length > len(tree.segments[number]):
-            raise ValueError(f"segment {number}: {length} cached rows for its tokens")
+            raise ValueError(
+                f"segment {number}: {length} cached rows for its "
+                f"{len(tree.segments[number])} tokens"
+            )
     layout = _Layout()
     level = list(tree.roots)
     paths: dict[int, tuple[tuple[int, int, int], ...]] = {-1: ()}
@@ -278,6 +281,6 @@ def _cut(runs: list[list[int]], size: int) -> list[list[tuple[int, int, int]]]:
 def bucket_rows(rows: int) -> int:
     """The padded row count: a multiple of 8 at most 5 % above `rows`, so that shapes are few."""
     step = 8
-    while (rows + step * 2 - 1) // (step * 2) * (step * 2) <= rows * 1.05:
+    while step * 2 * 20 <= rows:
         step *= 2
     return (rows + step - 1) // step * step

@@ -125,10 +125,10 @@ def check_prefix_attention(
     rows, heads, dim = q.shape
     if k.ndim != 3 or k.shape[0] != rows or k.shape[2] != dim:
         raise ValueError(f"k must be [{rows}, Hkv, {dim}], got {tuple(k.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"q has {heads} heads, not a multiple of k's {k.shape[1]}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         if pool.ndim != 3 or pool.shape[1:] != k.shape[1:]:
             raise ValueError(f"{name} must be [C, {k.shape[1]}, {dim}], got {tuple(pool.shape)}")

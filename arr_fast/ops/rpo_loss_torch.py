@@ -33,16 +33,12 @@ def rpo_loss_torch(
     flat_v, flat_x, flat_next = flat(v), flat(x), flat(x_next)
     terms = {"error": Combination([flat_next, flat_x, flat_v], [one, -x_scale, -v_scale])}
     if v_ref is not None and kl == "log_prob_diff":
-        terms["gap"] = Combination(
-            [flat_next, flat_x, flat(v_ref)], [one, -x_scale, -v_scale]
-        )
+        terms["gap"] = Combination([flat_next, flat_x, flat(v_ref)], [one, -x_scale, -v_scale])
     elif v_ref is not None:
         terms["gap"] = Combination([flat_v, flat(v_ref)], [one, -one])
     if v_old is not None:
         terms["drift"] = Combination([flat_v, flat(v_old)], [one, -one])
-    sums = {
-        name: torch.zeros(v.shape[0], dtype=torch.float64, device=v.device) for name in terms
-    }
+    sums = {name: torch.zeros(v.shape[0], dtype=torch.float64, device=v.device) for name in terms}
     for block in blocks_of(flat_v):
         buffer = flat_v.new_empty(flat_v[block.samples, block.elements].shape, dtype=torch.float32)
         for name, term in terms.items():

@@ -228,9 +228,7 @@ def _check_sde_step(
     if noise is not None and seed is not None:
         raise ValueError("noise and seed are both given; pass one of them")
     if seed is not None and (seed.shape != x.shape[:1] or seed.dtype != torch.int64):
-        raise ValueError(
-            f"seed must be int64 [{x.shape[0]}], got {seed.dtype} {tuple(seed.shape)}"
-        )
+        raise ValueError(f"seed must be int64 [{x.shape[0]}], got {seed.dtype} {tuple(seed.shape)}")
     if seed is not None and seed.device != x.device:
         raise ValueError(f"seed is on {seed.device}, x is on {x.device}")
     if noise is None and seed is None and std.device.type == "cpu" and bool((std > 0).any()):

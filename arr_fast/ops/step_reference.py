@@ -74,7 +74,9 @@ def rpo_loss_reference(
         log_prob_slope = policy_slope + beta
         kl_value = torch.full_like(s, float("nan"))
         if v_ref is not None:
-            mean_ref = _per_sample(x_scale, x) * x.double() + _per_sample(v_scale, x) * v_ref.double()
+            mean_ref = (
+                _per_sample(x_scale, x) * x.double() + _per_sample(v_scale, x) * v_ref.double()
+            )
             kl_value = log_prob - _log_prob(x_next, mean_ref, std, normalised)
             loss = loss + beta * kl_value
     elif kl != "none":
@@ -106,7 +108,9 @@ def rpo_loss_backward_reference(
 ) -> Tensor:
     """The backward in float64."""
     mean = _per_sample(x_scale, x) * x.double() + _per_sample(v_scale, x) * v.double()
-    error_scale, ref_scale, old_scale = (stats[row].double() * grad_loss.double() for row in (4, 5, 6))
+    error_scale, ref_scale, old_scale = (
+        stats[row].double() * grad_loss.double() for row in (4, 5, 6)
+    )
     grad = _per_sample(error_scale, x) * (x_next.double() - mean)
     if v_ref is not None:
         grad = grad + _per_sample(ref_scale, x) * (v.double() - v_ref.double())

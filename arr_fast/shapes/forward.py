@@ -1,7 +1,7 @@
 """Differentiable forwards for training, over the modules of a transformers Qwen3-VL model.
 
 Every picture has the same size here, so the vision tower runs as one dense batch; the decoder is
-transformers' own language model under a dense mask. Tests hold both equal to plain forwards.
+transformers' own layers under branch attention. Tests hold both equal to plain forwards.
 
 Letters: N pictures, P = 64 patches, M = 16 merged tokens, B packed rows of T tokens.
 """
@@ -23,6 +23,7 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
+from arr_fast.shapes.branch_attention import NAME, Group
 from arr_fast.shapes.model import IMAGE_TOKENS, MERGE, PATCH, SIDE
 
 
@@ -121,30 +122,31 @@ def decode(
     model: Qwen3VLForConditionalGeneration,
     ids_BT: Tensor,
     positions_3BT: Tensor,
-    allowed: Tensor,
+    groups: Sequence[Group],
     feature_BT: Tensor,
     features: VisionFeatures,
     probe_layer: int,
 ) -> DecoderStates:
-    """Transformers' decoder layers under a dense mask.
+    """Transformers' decoder layers over packed branches.
 
     Args:
         model: The judge.
         ids_BT: Token ids.
         positions_3BT: M-RoPE positions.
-        allowed: bool [B, 1, T, T], True where a query may see a key.
+        groups: Who attends to whom.
         feature_BT: Row of the flat image features for image tokens, -1 for text.
         features: What the vision tower gave.
         probe_layer: After how many layers `DecoderStates.probe` is taken.
     """
     text = model.model.language_model
+    text.config._attn_implementation = NAME
     is_image = (feature_BT >= 0)[..., None]
     rows = feature_BT.clamp(min=0)
     hidden = torch.where(is_image, features.merged.flatten(0, 1)[rows], text.embed_tokens(ids_BT))
     positions = text.rotary_emb(hidden, positions_3BT)
     probe = hidden
     for number, layer in enumerate(text.layers):
-        hidden = layer(hidden, attention_mask=allowed, position_embeddings=positions)
+        hidden = layer(hidden, position_embeddings=positions, groups=groups)
         if number < len(features.deepstack):
             hidden = hidden + features.deepstack[number].flatten(0, 1)[rows] * is_image
         if number + 1 == probe_layer:

@@ -30,7 +30,7 @@ class TruthProbes(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.half = nn.Linear(hidden, 2)
+        self.middle = nn.Linear(hidden, 2)
         self.end = nn.Linear(hidden, 2)
 
     def loss(self, half_VD: Tensor, end_VD: Tensor, truths_V2: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class TruthProbes(nn.Module):
         scaled = F.rms_norm(half_VD, half_VD.shape[-1:])
         losses = [
             F.binary_cross_entropy_with_logits(head(states)[known], wanted)
-            for head, states in ((self.half, scaled), (self.end, end_VD))
+            for head, states in ((self.middle, scaled), (self.end, end_VD))
         ]
         return losses[0] + losses[1]
 
@@ -87,7 +87,7 @@ class JudgeLoss:
             self.model,
             batch.ids,
             batch.positions,
-            batch.allowed,
+            batch.groups,
             batch.feature,
             self.vision(patches),
             PROBE_LAYER,

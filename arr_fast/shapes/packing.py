@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from arr_fast.prompts import Part, PromptEncoder, TokenRun
+from arr_fast.shapes.branch_attention import Group, Span, make_group
 from arr_fast.shapes.model import IMAGE_TOKENS
 
 IMAGE_SIDE_TOKENS = 4
@@ -119,7 +120,7 @@ class PackedBatch:
     Attributes:
         ids: int64 [B, T].
         positions: int64 [3, B, T].
-        allowed: bool [B, 1, T, T]; True where a query may see a key.
+        groups: Who attends to whom: prefixes, verdict branches, caption branches.
         feature: int64 [B, T]; row of the batch's flat image features, -1 for text.
         verdict_at: int64 [V, 2] (row, token) where a label is read.
         verdicts: The V verdicts.
@@ -130,7 +131,7 @@ class PackedBatch:
 
     ids: Tensor
     positions: Tensor
-    allowed: Tensor
+    groups: tuple[Group, ...]
     feature: Tensor
     verdict_at: Tensor
     verdicts: tuple[Verdict, ...]
@@ -145,8 +146,8 @@ class RowPacker:
 
     length: int
     rows: list[dict[str, np.ndarray]] = field(default_factory=list)
+    spans: list[tuple[int, Span | None, Span]] = field(default_factory=list)
     _used: int = 0
-    _trees: int = 0
     _verdict_at: list[tuple[int, int]] = field(default_factory=list)
     _verdicts: list[Verdict] = field(default_factory=list)
     _pairwise: list[bool] = field(default_factory=list)
@@ -156,12 +157,11 @@ class RowPacker:
     def new_row(self) -> None:
         """Starts the next row."""
         t = self.length
-        row = {k: np.zeros(t, np.int64) for k in ("ids", "tree", "branch")}
-        row["tree"] -= 1 + np.arange(t)
+        row = {k: np.zeros(t, np.int64) for k in ("ids",)}
         row["feature"] = np.full(t, -1, np.int64)
         row["positions"] = np.zeros((3, t), np.int64)
         self.rows.append(row)
-        self._used = self._trees = 0
+        self._used = 0
 
     @property
     def free(self) -> int:
@@ -170,16 +170,15 @@ class RowPacker:
 
     def add(self, tree: Tree) -> int:
         """Adds a tree to the current row and returns how many of its branches fitted."""
-        self._write(tree, tree.paths[0], 0, tree.prefix, 0)
-        self._trees += 1
+        prefix = self._write(tree, tree.paths[0], 0, tree.prefix)
+        self.spans.append((0, None, prefix))
         fitted = 0
         for number, path in enumerate(tree.paths):
             if len(path.ids) - tree.prefix > self.free:
                 continue
-            self._trees -= 1
             start = self._used - tree.prefix
-            self._write(tree, path, tree.prefix, len(path.ids), number + 1)
-            self._trees += 1
+            own = self._write(tree, path, tree.prefix, len(path.ids))
+            self.spans.append((1 if tree.verdicts[number] else 2, prefix, own))
             fitted += 1
             row, verdict = len(self.rows) - 1, tree.verdicts[number]
             if verdict is not None:
@@ -191,31 +190,30 @@ class RowPacker:
                 self._answer_ids.append(int(path.ids[k]))
         return fitted
 
-    def _write(self, tree: Tree, path: Path, begin: int, end: int, branch: int) -> None:
+    def _write(self, tree: Tree, path: Path, begin: int, end: int) -> Span:
         if end - begin > self.free:
             raise ValueError(f"a prefix of {end - begin} tokens exceeds the {self.free} left")
         at = slice(self._used, self._used + end - begin)
         row = self.rows[-1]
         row["ids"][at] = path.ids[begin:end]
         row["positions"][:, at] = path.positions[:, begin:end]
-        row["tree"][at], row["branch"][at] = self._trees, branch
         local = path.picture[begin:end]
         for place, number in enumerate(tree.pictures):
             here = np.flatnonzero(local == place)
             row["feature"][self._used + here] = number * IMAGE_TOKENS + np.arange(len(here))
         self._used += end - begin
+        return Span((len(self.rows) - 1) * self.length + at.start, end - begin)
 
     def finish(self) -> PackedBatch:
         """The rows as tensors."""
         stack = {k: torch.from_numpy(np.stack([r[k] for r in self.rows])) for k in self.rows[0]}
-        tree, branch = stack["tree"], stack["branch"]
-        causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
-        same_tree = tree[:, :, None] == tree[:, None, :]
-        visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+        dummy = len(self.rows) * self.length
+        kinds = sorted({kind for kind, _, _ in self.spans})
+        sorted_spans = [[(p, o) for k, p, o in self.spans if k == kind] for kind in kinds]
         return PackedBatch(
             ids=stack["ids"],
             positions=stack["positions"].transpose(0, 1).contiguous(),
-            allowed=(same_tree & visible & causal)[:, None],
+            groups=tuple(make_group(spans, dummy) for spans in sorted_spans),
             feature=stack["feature"],
             verdict_at=torch.tensor(self._verdict_at, dtype=torch.int64).view(-1, 2),
             verdicts=tuple(self._verdicts),

@@ -30,15 +30,15 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 RADII: dict[str, float] = {"small": 0.105, "large": 0.19}
 
 # One colour and one shape per row and column of the colour-shape table: the model meets every
-# colour and every shape in training, but none of these six together.
+# colour and every shape in training, but none of these six together. easy-VQA has none of them.
 HELD_OUT_COMBINATIONS = frozenset(
     {
         ("red", "star"),
         ("green", "ring"),
-        ("blue", "triangle"),
-        ("yellow", "square"),
+        ("blue", "square"),
+        ("yellow", "cross"),
         ("purple", "circle"),
-        ("orange", "cross"),
+        ("orange", "triangle"),
     }
 )
 

@@ -58,6 +58,10 @@ def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> fl
     return min(1.0, (step + 1) / warmup, max(floor, (steps - step) / fall))
 
 
+# In stage 2 what stage 1 taught must last: words and the tower move slowly, deepstack is new.
+SLOWER = (("deepstack", 1.0), ("visual", 0.15), ("embed_tokens", 0.25))
+
+
 class Interrupted(Exception):
     """SIGTERM or SIGINT came; the state is on disk."""
 
@@ -159,7 +163,7 @@ def train_vision(run: Run) -> None:
     torch.manual_seed(plan.seed + 1)
     heads = vision_pretraining.CellHeads(table.detach().clone(), run.word_ids())
     named = [(n, p) for n, p in model.model.visual.named_parameters() if "deepstack" not in n]
-    optimiser = Optimiser([*named, *heads.named_parameters()], muon_lr=0.02, adam_lr=2e-3)
+    optimiser = Optimiser([*named, *heads.named_parameters()], muon_lr=0.015, adam_lr=1.5e-3)
     first = 0
     if run.saved is not None and run.saved["stage"] == "vision":
         first = run.saved["step"]
@@ -187,7 +191,9 @@ def train_decoder(run: Run) -> None:
     maker = BatchMaker(run.tokenizer)
     losses = judge_training.JudgeLoss(model, run.vision, probes, maker)
     named = [(n, p) for n, p in model.named_parameters() if n != "lm_head.weight"]
-    optimiser = Optimiser([*named, *probes.named_parameters()], muon_lr=0.02, adam_lr=1.5e-3)
+    optimiser = Optimiser(
+        [*named, *probes.named_parameters()], muon_lr=0.02, adam_lr=1.5e-3, factors=SLOWER
+    )
     first = 0
     if run.saved is not None and run.saved["stage"] == "judge":
         first = run.saved["step"]

@@ -7,6 +7,7 @@ are averaged once per step, in a fixed order.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +46,8 @@ def _join(
     target: Callable[..., None], rank: int, count: int, meeting: str, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    if rank > 0:
+        os.setsid()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{meeting}",

@@ -272,7 +272,7 @@ def build_rows(work: Sequence[Case], *, jobs: int = 1) -> Iterable[Row]:
 
 
 def canonical_arch(name: str) -> str:
-    """"80", "sm80" or "sm_80" -> "sm_80"; "gfx942" stays.
+    """ "80", "sm80" or "sm_80" -> "sm_80"; "gfx942" stays.
 
     Raises:
         ValueError: an architecture without shipped configurations.

@@ -93,7 +93,9 @@ _VOCAB: dict[str, VocabConfig] = {
     "sm_100": _V(128, 128, 64, 8, 3, "tcgen05 at 128 rows, 96 KiB"),
     "gfx942": _V(128, 128, 32, 8, 2, "64 accumulators a lane, under 64 KiB of LDS"),
 }
-_VOCAB_FEW_ROWS = _V(16, 128, 64, 4, 3, "under 64 rows: bound by reading the vocabulary, not by products")
+_VOCAB_FEW_ROWS = _V(
+    16, 128, 64, 4, 3, "under 64 rows: bound by reading the vocabulary, not by products"
+)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -120,7 +122,9 @@ def attention_config(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionC
     padded = max(padded_head_dim(head_dim), 64)
     config = _ATTENTION[arch][padded]
     if dtype == torch.float32:
-        return AttentionConfig(config.block_m, _FP32_KEYS[padded], 8, 1, "fp32: few keys, one stage")
+        return AttentionConfig(
+            config.block_m, _FP32_KEYS[padded], 8, 1, "fp32: few keys, one stage"
+        )
     return config
 
 

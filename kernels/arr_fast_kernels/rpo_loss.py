@@ -228,10 +228,14 @@ def _rpo_backward_kernel(
     grad_E = error_scale * (x_next_E - (x_scale * x_E + v_scale * v_E))
     if HAS_REF:
         ref_scale = grad_loss * tl.load(stats_ptr + 5 * batch + sample)
-        grad_E += ref_scale * (v_E - _load_block(v_ref_ptr, sample, stride_refb, element_E, is_element_E))
+        grad_E += ref_scale * (
+            v_E - _load_block(v_ref_ptr, sample, stride_refb, element_E, is_element_E)
+        )
     if HAS_OLD:
         old_scale = grad_loss * tl.load(stats_ptr + 6 * batch + sample)
-        grad_E += old_scale * (v_E - _load_block(v_old_ptr, sample, stride_oldb, element_E, is_element_E))
+        grad_E += old_scale * (
+            v_E - _load_block(v_old_ptr, sample, stride_oldb, element_E, is_element_E)
+        )
     tl.store(
         grad_v_ptr + sample.to(tl.int64) * elements + element_E,
         grad_E.to(grad_v_ptr.dtype.element_ty),

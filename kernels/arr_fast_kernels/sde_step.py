@@ -62,12 +62,18 @@ def _sde_step_kernel(
     is_element_E = element_E < elements
     x_scale = tl.load(x_scale_ptr + sample)
     v_scale = tl.load(v_scale_ptr + sample)
-    x_E = tl.load(x_ptr + sample64 * stride_xb + element_E, mask=is_element_E, other=0.0).to(tl.float32)
-    v_E = tl.load(v_ptr + sample64 * stride_vb + element_E, mask=is_element_E, other=0.0).to(tl.float32)
+    x_E = tl.load(x_ptr + sample64 * stride_xb + element_E, mask=is_element_E, other=0.0).to(
+        tl.float32
+    )
+    v_E = tl.load(v_ptr + sample64 * stride_vb + element_E, mask=is_element_E, other=0.0).to(
+        tl.float32
+    )
     mean_E = x_scale * x_E + v_scale * v_E
     x_next_E = mean_E
     if NOISE == NOISE_GIVEN:
-        noise_E = tl.load(noise_ptr + sample64 * stride_nb + element_E, mask=is_element_E, other=0.0)
+        noise_E = tl.load(
+            noise_ptr + sample64 * stride_nb + element_E, mask=is_element_E, other=0.0
+        )
         x_next_E = mean_E + tl.load(std_ptr + sample) * noise_E.to(tl.float32)
     if NOISE == NOISE_DRAWN:
         noise_E = _philox_normal(tl.load(seed_ptr + sample), element_E)

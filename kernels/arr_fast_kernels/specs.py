@@ -153,9 +153,7 @@ def attention_traffic(
     block_m = attention_config(arch, head_dim, torch.bfloat16).block_m
     rows_of_tile = rows_per_tile(group, head_dim, arch)
     pair_bytes = 2 * head_dim * itemsize  # one key and one value of one head
-    totals = dict.fromkeys(
-        ("tiles", "tile_limit", "flops", "requested", "hbm", "path_bytes"), 0.0
-    )
+    totals = dict.fromkeys(("tiles", "tile_limit", "flops", "requested", "hbm", "path_bytes"), 0.0)
     for ancestors, lengths in forest.families():
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         rows = sum(lengths)

@@ -99,7 +99,9 @@ def _label_kernel(
             hidden_H = tl.load(
                 hidden_ptr + row * stride_hn + offsets_h, mask=is_column_H, other=0.0
             ).to(tl.float32)
-            normed_H = hidden_H * factor * _norm_weight(weight_ptr, offsets_h, is_column_H, UNIT_OFFSET)
+            normed_H = (
+                hidden_H * factor * _norm_weight(weight_ptr, offsets_h, is_column_H, UNIT_OFFSET)
+            )
             tl.store(
                 normed_ptr + row * hidden_size + offsets_h,
                 normed_H.to(normed_ptr.dtype.element_ty),

@@ -29,7 +29,9 @@ def spread(scalar: Tensor, like: Tensor) -> Tensor:
     return scalar.double().view(-1, *[1] * (like.ndim - 1))
 
 
-def published_step(kind: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+def published_step(
+    kind: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mean [B, ...] and standard deviation [B], float64, as each repository writes them."""
     eta = ETA[kind]
     s, n = spread(sigma, x), spread(sigma_next, x)
@@ -55,7 +57,9 @@ def published_log_prob(x_next: Tensor, mean: Tensor, std: Tensor, normalised: bo
     if not normalised:
         return -square.flatten(1).mean(1)
     s = spread(std, mean)
-    density = -square / (2 * s**2) - torch.log(s) - torch.log(torch.sqrt(2 * torch.as_tensor(math.pi)))
+    density = (
+        -square / (2 * s**2) - torch.log(s) - torch.log(torch.sqrt(2 * torch.as_tensor(math.pi)))
+    )
     return density.flatten(1).mean(1)
 
 
@@ -118,7 +122,9 @@ def published_loss(
         if not normalised:
             return -square.flatten(1).mean(1)
         s = std.view(-1, *[1] * (mean.ndim - 1))
-        return (-square / (2 * s**2) - torch.log(s) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+        return (
+            (-square / (2 * s**2) - torch.log(s) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+        )
 
     mean, std = mean_of(v)
     s = std.view(-1, *[1] * (mean.ndim - 1))
@@ -153,7 +159,9 @@ def published_loss(
     return {name: value.detach() for name, value in results.items()}, grad
 
 
-def _eager_step(kind: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+def _eager_step(
+    kind: str, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor
+) -> tuple[Tensor, Tensor]:
     """`published_step` in the tensors' own dtype."""
     shape = (-1, *[1] * (x.ndim - 1))
     s, n = sigma.view(shape), sigma_next.view(shape)

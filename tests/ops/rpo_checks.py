@@ -48,7 +48,9 @@ def check_step(
     exact = published_log_prob(x_next, mean, std, normalised)
     # A mean of squares is computed to a few eps of itself, plus the fp32 rounding of mu over std.
     rounding = 4 * EPS32 * largest / std.min().item()
-    assert (log_prob.double() - exact).abs().max().item() <= 16 * EPS32 * exact.abs().max().item() + rounding
+    assert (
+        log_prob.double() - exact
+    ).abs().max().item() <= 16 * EPS32 * exact.abs().max().item() + rounding
 
 
 def check_loss(
@@ -68,7 +70,14 @@ def check_loss(
 ) -> None:
     """Loss, diagnostics and dv: err(impl, fp64) <= err(eager fp32, fp64) + a bound from eps."""
     inputs = {**rpo_inputs(shape, dtype, seed, kind=kind), **changes}
-    options = {"kind": kind, "kl": kl, "beta": beta, "clip": clip, "guard": guard, "normalised": normalised}
+    options = {
+        "kind": kind,
+        "kl": kl,
+        "beta": beta,
+        "clip": clip,
+        "guard": guard,
+        "normalised": normalised,
+    }
     if not normalised:
         mean, std = published_step(kind, inputs["x"], inputs["v_old"], *sigmas(shape[0]))
         inputs["log_prob_old"] = published_log_prob(inputs["x_next"], mean, std, False).float()

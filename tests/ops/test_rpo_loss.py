@@ -18,10 +18,14 @@ KL_FORMS = ["none", "latent_mean", "velocity", "log_prob_diff"]
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("kl", KL_FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradient(impl: str, dtype: torch.dtype, kl: str, shape: tuple[int, ...]) -> None:
+def test_values_and_gradient(
+    impl: str, dtype: torch.dtype, kl: str, shape: tuple[int, ...]
+) -> None:
     check_loss(impl, shape, dtype, kl=kl)
 
 
@@ -167,7 +171,9 @@ def test_compiled_equals_eager_and_never_recompiles() -> None:
         compiled = torch.compile(objective, fullgraph=True, dynamic=True, backend=backend)
         for batch, length in ((2, 40), (3, 77), (5, 130)):
             a = op_arguments("torch", (batch, length))
-            scalars = [a[k] for k in ("x_scale", "v_scale", "std", "dt", "log_prob_old", "advantage")]
+            scalars = [
+                a[k] for k in ("x_scale", "v_scale", "std", "dt", "log_prob_old", "advantage")
+            ]
             latents = [a[k] for k in ("x", "x_next", "v_ref")]
             v_eager = a["v"].clone().requires_grad_()
             v_compiled = a["v"].clone().requires_grad_()

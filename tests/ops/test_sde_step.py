@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arr_fast.ops.philox import philox_normal, philox_words
 from arr_fast.ops.sde_step import StepCoefficients, sde_step, sde_step_op, step_coefficients
-from tests.ops.rpo_cases import ETA, draw_latents, published_step, sigmas, spread
+from tests.ops.rpo_cases import draw_latents, published_step, sigmas, spread
 from tests.ops.rpo_checks import check_step, coefficients_of
 
 KINDS = ["dance_sde", "sde", "cps", "ode"]
@@ -20,7 +20,9 @@ KINDS = ["dance_sde", "sde", "cps", "ode"]
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize("shape", [(3, 127), (4, 2, 63), (2, 3, 30_001)], ids=str)
 def test_values(impl: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     check_step(impl, kind, shape, dtype)
@@ -58,7 +60,10 @@ def test_schedule_is_indexed() -> None:
     schedule = step_coefficients("sde", sigma, sigma_next, eta=0.7)
     alone = step_coefficients("sde", sigma[1:2], sigma_next[1:2], eta=0.7)
     picked = schedule[torch.tensor([1])]
-    assert all(torch.equal(getattr(picked, n), getattr(alone, n)) for n in ("x_scale", "v_scale", "std", "dt"))
+    assert all(
+        torch.equal(getattr(picked, n), getattr(alone, n))
+        for n in ("x_scale", "v_scale", "std", "dt")
+    )
 
 
 def test_philox_words_equal_numpy() -> None:

@@ -17,5 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.interpret)
             if os.environ.get("TRITON_INTERPRET") != "1":
                 item.add_marker(
-                    pytest.mark.skip(reason="needs TRITON_INTERPRET=1 set before triton is imported")
+                    pytest.mark.skip(
+                        reason="needs TRITON_INTERPRET=1 set before triton is imported"
+                    )
                 )

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from arr_fast_kernels.configs import attention_config
-from arr_fast_kernels.prefix_attention import prefix_attention
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from arr_fast_kernels.configs import attention_config
+from arr_fast_kernels.prefix_attention import prefix_attention
 from tests.kernels.forests import Forest, Node, dense_attention, draw_tensors, pack, random_nodes
 
 CONFIG = attention_config("interpret", 64, torch.float32)
@@ -71,7 +71,16 @@ def siblings(prefix: int, lengths: list[int], *, cached: bool = False) -> list[N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(
     ("query_heads", "kv_heads", "head_dim"),
-    [(2, 2, 64), (4, 2, 64), (3, 1, 96), (6, 1, 64), (7, 1, 128), (8, 2, 128), (16, 1, 64), (2, 1, 256)],
+    [
+        (2, 2, 64),
+        (4, 2, 64),
+        (3, 1, 96),
+        (6, 1, 64),
+        (7, 1, 128),
+        (8, 2, 128),
+        (16, 1, 64),
+        (2, 1, 256),
+    ],
     ids=lambda n: str(n),
 )
 def test_heads(query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -110,7 +119,8 @@ def test_empty_ancestor_run() -> None:
 def test_two_hundred_segments() -> None:
     rng = random.Random(3)
     forest = pack(
-        [siblings(33, [rng.randint(1, 4) for _ in range(200)], cached=True)], rows_per_tile=rows_of(2)
+        [siblings(33, [rng.randint(1, 4) for _ in range(200)], cached=True)],
+        rows_per_tile=rows_of(2),
     )
     check(forest, query_heads=2, kv_heads=1, head_dim=64, dtype=torch.float16)
 
@@ -122,9 +132,7 @@ def test_sharp_scores_need_the_running_max() -> None:
 
 
 def test_padding_rows_and_tiles() -> None:
-    forest = pack(
-        [siblings(12, [6, 5])], rows_per_tile=rows_of(2), padding_rows=9, padding_tiles=3
-    )
+    forest = pack([siblings(12, [6, 5])], rows_per_tile=rows_of(2), padding_rows=9, padding_tiles=3)
     check(forest, query_heads=4, kv_heads=2, head_dim=64, dtype=torch.float32)
 
 
@@ -148,9 +156,7 @@ def test_non_contiguous_inputs() -> None:
     strided = {n: t.transpose(0, 1).contiguous().transpose(0, 1) for n, t in plain.items()}
     strided["q"] = torch.stack([plain["q"], plain["q"]], -1)[..., 0]  # last stride 2
     assert not strided["k"].is_contiguous()
-    check(
-        forest, query_heads=4, kv_heads=2, head_dim=64, dtype=torch.float32, tensors=strided
-    )
+    check(forest, query_heads=4, kv_heads=2, head_dim=64, dtype=torch.float32, tensors=strided)
 
 
 @pytest.mark.parametrize("block_m", [64, 128])
@@ -160,7 +166,9 @@ def test_shipped_block_sizes(block_m: int) -> None:
     check(forest, query_heads=8, kv_heads=2, head_dim=64, dtype=torch.float16, config=config)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     seed=st.integers(0, 2**31),
     depth=st.integers(1, 4),
@@ -185,7 +193,10 @@ def test_random_forests(
         for _ in range(trees)
     ]
     forest = pack(
-        drawn, rows_per_tile=rows_of(heads[0] // heads[1]), split_tokens=split_tokens, padding_rows=2
+        drawn,
+        rows_per_tile=rows_of(heads[0] // heads[1]),
+        split_tokens=split_tokens,
+        padding_rows=2,
     )
     if forest.real_rows == 0 or forest.tiles.shape[0] > 400:
         return

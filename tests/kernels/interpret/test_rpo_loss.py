@@ -28,9 +28,7 @@ def test_kinds_and_guard(kind: str, kl: str) -> None:
 
 
 def test_cps_unnormalised() -> None:
-    check_loss(
-        "triton", (3, 200), torch.float32, kind="cps", normalised=False, clip=(1e-5, 1e-5)
-    )
+    check_loss("triton", (3, 200), torch.float32, kind="cps", normalised=False, clip=(1e-5, 1e-5))
 
 
 def test_log_prob_diff_needs_no_reference_for_its_gradient() -> None:
@@ -46,7 +44,14 @@ def test_opcheck() -> None:
     inputs = rpo_inputs((2, 3, 50), torch.float32, 5, kind="sde")
     step = coefficients_of("sde", 2)
     latents = [inputs[n] for n in ("v", "x", "x_next", "v_ref", "v_old")]
-    scalars = [step.x_scale, step.v_scale, step.std, step.dt, inputs["log_prob_old"], inputs["advantage"]]
+    scalars = [
+        step.x_scale,
+        step.v_scale,
+        step.std,
+        step.dt,
+        inputs["log_prob_old"],
+        inputs["advantage"],
+    ]
     options = (0.2, 0.2, 0.03, "latent_mean", True, "triton")
     latents[0].requires_grad_()
     torch.library.opcheck(rpo_loss_op, (*latents, *scalars, *options))

@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from arr_fast_kernels.sde_step import _philox_normal
 
 from arr_fast.ops.philox import philox_normal, philox_words
 from arr_fast.ops.sde_step import StepCoefficients, sde_step
+from arr_fast_kernels.sde_step import _philox_normal
 from tests.ops.rpo_cases import draw_latents
 from tests.ops.rpo_checks import check_step, coefficients_of
 
@@ -73,7 +73,9 @@ def test_seeded_step_equals_torch() -> None:
 
 def test_deterministic_step_has_no_log_prob() -> None:
     x, v = draw_latents((2, 50), torch.float32, 4, 2)
-    step = StepCoefficients(*(torch.ones(2) for _ in range(2)), std=torch.zeros(2), dt=-torch.ones(2))
+    step = StepCoefficients(
+        *(torch.ones(2) for _ in range(2)), std=torch.zeros(2), dt=-torch.ones(2)
+    )
     x_next, log_prob = sde_step(x, v, step, impl="triton")
     torch.testing.assert_close(x_next, x + v)
     assert bool(log_prob.isnan().all())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from arr_fast_kernels.verdict_head import verdict_head
 from torch import Tensor
+
+from arr_fast_kernels.verdict_head import verdict_head
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
@@ -71,7 +72,12 @@ def check(arguments: dict[str, Tensor], *, eps: float = 1e-6, unit_offset: bool 
     ids=str,
 )
 def test_against_full_logits(
-    rows: int, hidden: int, variants: tuple[int, ...], vocab: int, unit_offset: bool, dtype: torch.dtype
+    rows: int,
+    hidden: int,
+    variants: tuple[int, ...],
+    vocab: int,
+    unit_offset: bool,
+    dtype: torch.dtype,
 ) -> None:
     check(draw(rows, hidden, variants, vocab, dtype), unit_offset=unit_offset)
 
@@ -105,7 +111,9 @@ def test_batch_of_n_equals_n_batches_of_one() -> None:
     together = verdict_head(**arguments, eps=1e-6, unit_offset=False)
     for row in range(9):
         alone = verdict_head(
-            **{**arguments, "hidden": arguments["hidden"][row : row + 1]}, eps=1e-6, unit_offset=False
+            **{**arguments, "hidden": arguments["hidden"][row : row + 1]},
+            eps=1e-6,
+            unit_offset=False,
         )
         assert torch.equal(alone[0][0], together[0][row])
         torch.testing.assert_close(alone[1][0], together[1][row], rtol=1e-6, atol=0)

@@ -1,0 +1,117 @@
+"""Judges from directories, adapters, quantised weights, and compiled layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
+
+from arr_fast.bench.random_models import resolve_model
+from arr_fast.engine.model import directory_hash, resolve_device, resolve_dtype
+from arr_fast.errors import ArrFastError
+from arr_fast.judge import Judge
+from arr_fast.replay import Replayer
+from tests.engine import scenes
+
+MODEL = "random:qwen3_vl-tiny[layers=3,vision_depth=2,deepstack=0]"
+A, B = scenes.image(70, 100, 1), scenes.image(64, 64, 2)
+
+
+def verdicts(judge: Judge) -> np.ndarray:
+    return judge.compare(["a caption"], [A], [B], scenes.rubric(6)).preference[0]
+
+
+@pytest.fixture(scope="module")
+def adapter_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    base = AutoModelForImageTextToText.from_pretrained(resolve_model(MODEL))
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
+    model: Any = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    target = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(target)
+    return target
+
+
+def test_a_directory_is_a_model_and_its_hash_is_its_revision(tmp_path: Path) -> None:
+    source = Path(resolve_model(MODEL))
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copied, original = (Judge.from_pretrained(p, device="cpu") for p in (tmp_path, source))
+    assert copied.engine.loaded.revision == original.engine.loaded.revision
+    np.testing.assert_allclose(verdicts(copied), verdicts(original), atol=1e-5)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert directory_hash(tmp_path) != original.engine.loaded.revision
+
+
+def test_an_adapter_is_merged(adapter_directory: Path) -> None:
+    plain = Judge.from_pretrained(MODEL, device="cpu")
+    adapted = Judge.from_pretrained(MODEL, device="cpu", adapter=adapter_directory)
+    assert np.abs(verdicts(adapted) - verdicts(plain)).max() > 1e-2
+    assert adapted.engine.loaded.revision.startswith(plain.engine.loaded.revision + "+")
+    replayer = Replayer.from_pretrained(
+        resolve_model(MODEL), dtype="float32", adapter=adapter_directory
+    )
+    for trace in adapted.trace(["a caption"], [A], [B], scenes.rubric(4)):
+        assert abs(replayer.log_odds(trace) - trace.log_odds) <= 1e-4
+
+
+def test_int8_weights_keep_most_verdicts() -> None:
+    exact = Judge.from_pretrained(MODEL, device="cpu")
+    small = Judge.from_pretrained(MODEL, device="cpu", quantization="int8")
+    args = (["x", "y"], [A, B], [B, A], scenes.rubric(20))
+    reference, got = (judge.compare(*args).preference for judge in (exact, small))
+    clear = np.abs(reference) > np.std(reference) / 4
+    assert 0 < np.abs(got - reference).max()
+    assert (np.sign(got) == np.sign(reference))[clear].mean() >= 0.9
+    assert small.compare(*args).provenance.settings["quantization"] == "int8"
+    with pytest.raises(ArrFastError, match="quantised judge cannot be updated"):
+        small.update_weights({})
+    with pytest.raises(ValueError, match="quantization must be one of"):
+        Judge.from_pretrained(MODEL, device="cpu", quantization="int3")  # type: ignore[arg-type]
+
+
+@pytest.mark.compile
+def test_compiled_equals_eager_and_lengths_share_graphs() -> None:
+    torch._dynamo.reset()
+    eager = Judge.from_pretrained(MODEL, device="cpu")
+    compiled = Judge.from_pretrained(MODEL, device="cpu", compile=True)
+    np.testing.assert_allclose(verdicts(compiled), verdicts(eager), atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    graphs = counters["stats"]["unique_graphs"]
+    # Another caption and other criteria of like length fall into the same bucket of rows.
+    compiled.compare(["a capture"], [A], [B], scenes.rubric(6))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_bfloat16_verdicts_are_as_good_as_plain_bfloat16() -> None:
+    exact = Judge.from_pretrained(MODEL, device="cpu", dtype="float32")
+    half = Judge.from_pretrained(MODEL, device="cpu", dtype="bfloat16")
+    plain = Replayer.from_pretrained(resolve_model(MODEL), dtype="bfloat16")
+    args = (["a caption"], [A], [B], scenes.rubric(20))
+    truth = np.array([t.log_odds for t in exact.trace(*args)])
+    traces = half.trace(*args)
+    ours = np.array([t.log_odds for t in traces])
+    theirs = np.array([plain.log_odds(t) for t in traces])
+    scale = np.abs(truth).max() * torch.finfo(torch.bfloat16).eps
+    assert np.abs(ours - truth).mean() <= np.abs(theirs - truth).mean() * 1.25 + scale
+
+
+def test_devices_and_dtypes_are_resolved_or_refused() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_dtype("auto", cpu) is torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be auto or one of"):
+        resolve_dtype("int4", cpu)
+    if not torch.cuda.is_available():
+        assert resolve_device("auto") == cpu
+        with pytest.raises(ArrFastError, match="CUDA is not available"):
+            resolve_device("cuda")
