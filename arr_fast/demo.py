@@ -21,7 +21,7 @@ from arr_fast.rubric import Rubric
 if TYPE_CHECKING:
     from arr_fast.judge import Judge
 
-REPEATS = 5
+REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)

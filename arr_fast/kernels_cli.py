@@ -1,12 +1,12 @@
 """`arr-fast kernels report | check`: what the compiler makes of every shipped kernel configuration.
 
-Both compile ahead of time for GPUs that need not be present. `report` prints a table, `check` prints
-what breaks a budget and exits with 1 if anything does. `--json` writes one object:
+Both compile ahead of time for GPUs that need not be present. `report` prints a table, `check`
+prints what breaks a budget and exits with 1 if anything does. `--json` writes one object:
 
-    {"schema": "arr_fast.kernels/1", "triton": version, "ok": bool, "rows": [{op, kernel, shape, dtype,
-     arch, gpu, constants, num_warps, num_stages, programs, registers, spill_bytes, vgpr_spills, shared,
-     blocks_per_sm, matrix, async_copies, flops, least_bytes, bytes, hbm_bytes, bytes_over_least,
-     roofline_us, bound, reason, problems}]}
+    {"schema": "arr_fast.kernels/1", "triton": version, "ok": bool, "rows": [{op, kernel, shape,
+     dtype, arch, gpu, constants, num_warps, num_stages, programs, registers, spill_bytes,
+     vgpr_spills, shared, blocks_per_sm, matrix, async_copies, flops, least_bytes, bytes,
+     hbm_bytes, bytes_over_least, roofline_us, bound, reason, problems}]}
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def report(
     for name in dict.fromkeys(row.case.arch for row in rows):
         console.print(_table([row for row in rows if row.case.arch == name]))
     console.print(
-        "x least: HBM bytes over the least possible. HBM bytes of prefix_attention assume the L2 model of"
-        " arr_fast_kernels.specs.attention_traffic. Roofline times are bounds, not measurements."
+        "x least: HBM bytes over the least possible. HBM bytes of prefix_attention assume the L2"
+        " model of arr_fast_kernels.specs.attention_traffic. Roofline times are bounds, not"
+        " measurements."
     )
 
 
@@ -119,7 +120,7 @@ def _write(rows: Sequence[Row], path: Path | None) -> None:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    from arr_fast_kernels.aot import GPUS
+    from arr_fast_kernels.roofline import GPUS
 
     arch = rows[0].case.arch
     table = Table(title=f"{arch} ({GPUS[arch].name})", title_justify="left")

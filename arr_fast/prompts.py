@@ -262,8 +262,8 @@ class PromptEncoder:
                 ids.append(after[-1])
             found.append(tuple(dict.fromkeys(ids)))
         seen: dict[int, int] = {}
-        for number, ids in enumerate(found):
-            for token in ids:
+        for number, tokens in enumerate(found):
+            for token in tokens:
                 if seen.setdefault(token, number) != number:
                     raise UnsupportedModelError(
                         f"labels {labels[seen[token]]} and {labels[number]} share token {token}"

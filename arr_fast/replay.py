@@ -61,7 +61,7 @@ class Replayer:
 
         # The grouped expert product has no float64 form.
         extra = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             path, revision=revision, dtype=dtype, attn_implementation=attn_implementation, **extra
         )
         if adapter is not None:

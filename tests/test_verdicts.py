@@ -107,6 +107,7 @@ def test_margin_and_exact_ties():
     ab = [[0.4], [0.6], [-0.6], [0.0]]
     assert pairs(ab, margin=0.5).winner == ("tie", "A", "B", "tie")
     assert pairs(ab).winner == ("A", "A", "B", "tie")
+    assert pairs([[0.5], [-0.5]], margin=0.5).winner == ("tie", "tie")
     assert pairs(ab).status == ("ok", "ok", "ok", "tie")
 
 

@@ -1,4 +1,4 @@
-"""A judge in the ARR reference's style: it decodes JSON that ranks the images, criterion by criterion.
+"""A judge in the ARR reference's style: it decodes JSON that ranks two images, per criterion.
 
 A cost baseline only. Random weights write no JSON, so nothing is parsed and nothing is compared:
 the engine always decodes the number of tokens that one short answer takes.

@@ -92,7 +92,7 @@ class PlainEngine:
         key = tuple(image.content_hash for image in shown)
         if key in self._features:
             return dict(self._features[key])
-        raw = self.replayer.model_inputs(np.zeros(1, dtype=np.int64), shown)
+        raw: dict[str, Any] = self.replayer.model_inputs(np.zeros(1, dtype=np.int64), shown)
         for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
             raw.pop(name, None)
         with torch.inference_mode():
@@ -147,7 +147,7 @@ class CopiedCacheEngine(PlainEngine):
 
 def _repeated(extra: dict[str, Any], times: int) -> dict[str, Any]:
     """The same images for every sequence of a batch."""
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     repeated = dict(extra)
     if "image_grid_thw" in extra:

@@ -152,6 +152,8 @@ def build_tokenizer(family: str, merges: int) -> Any:
     import transformers
 
     core = _train(family, merges)
+    special: tuple[str, ...] = _QWEN_SPECIAL
+    plain: tuple[str, ...] = _QWEN_PLAIN
     if family in ("smolvlm", "idefics3"):
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=core,
@@ -165,10 +167,8 @@ def build_tokenizer(family: str, merges: int) -> Any:
         import json
 
         model = json.loads(core.to_str())["model"]
-        tokenizer = transformers.Qwen2Tokenizer(
-            vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]]
-        )
-        special, plain = _QWEN_SPECIAL, _QWEN_PLAIN
+        merge_list: Any = [tuple(pair) for pair in model["merges"]]
+        tokenizer = transformers.Qwen2Tokenizer(vocab=model["vocab"], merges=merge_list)
         if family == "llava_onevision":
             special, plain = _LLAVA_SPECIAL, ()
         elif family.startswith("qwen3"):

@@ -38,11 +38,11 @@ def randomise(model: Any, seed: int) -> None:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.copy_(_scaled(name, values, model))
+            parameter.copy_(_scaled(name, values))
         model.tie_weights()
 
 
-def _scaled(name: str, values: torch.Tensor, model: Any) -> torch.Tensor:
+def _scaled(name: str, values: torch.Tensor) -> torch.Tensor:
     is_norm = "norm" in name.lower().rsplit(".", 2)[-2] or ".ln_q." in name
     if "q_norm" in name or "k_norm" in name:
         return 1.5 + 0.15 * values
@@ -54,8 +54,6 @@ def _scaled(name: str, values: torch.Tensor, model: Any) -> torch.Tensor:
         return 0.5 * values
     # Matrices act on their last dimension (experts are stacked in front); convolutions are flat.
     fan_in = values[0].numel() if values.dim() > 3 else values.shape[-1]
-    if "patch_embed" in name:
-        fan_in = values[0].numel()
     gain = 1.0
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         gain = 1.5
@@ -64,7 +62,7 @@ def _scaled(name: str, values: torch.Tensor, model: Any) -> torch.Tensor:
         gain = 2.0
     elif name.endswith(".gate.weight"):
         gain = 2.0
-    return values * (gain / fan_in**0.5)
+    return values * float(gain / fan_in**0.5)
 
 
 def calibrate(

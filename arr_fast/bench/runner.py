@@ -14,7 +14,7 @@ import torch
 from arr_fast.bench.engine_ours import OursEngine
 from arr_fast.bench.engine_transformers import PlainEngine
 from arr_fast.bench.engines import BenchEngine, EngineOptions, make_engine
-from arr_fast.bench.gate import GateError, GateResult, check, make_reference
+from arr_fast.bench.gate import GateError, GateResult, Scale, check, make_reference
 from arr_fast.bench.gemm import GemmProbe, linear_shapes
 from arr_fast.bench.memory import peak_above_weights
 from arr_fast.bench.rows import Row, environment
@@ -129,7 +129,7 @@ def _gate(
             # It is the reference; that it agrees with itself says nothing.
             continue
         engine.reset(each, warm=each.workload.images == "warm")
-        scale = "probability" if name == "vllm" else "log_odds"
+        scale: Scale = "probability" if name == "vllm" else "log_odds"
         verdict = check(name, each, engine.run(each), references[workload], scale)
         say(str(verdict))
         result.gate = verdict

@@ -22,7 +22,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = threads
     import torch
     from PIL import Image
-    from vllm import LLM  # type: ignore[import-not-found]
+    from vllm import LLM
 
     torch.set_num_threads(int(threads))
     llm = LLM(

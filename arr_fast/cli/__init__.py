@@ -8,6 +8,8 @@ import typer
 
 from arr_fast import __version__
 from arr_fast.cli import benching, demo, info, judging, verify
+from arr_fast.data import cli as data_cli
+from arr_fast.serve import cli as serve_cli
 
 app = typer.Typer(
     name="arr-fast",
@@ -40,4 +42,6 @@ app.command("score")(judging.score)
 app.command("rank")(judging.rank)
 app.command("verify")(verify.verify)
 app.command("info")(info.info)
+app.command("serve")(serve_cli.serve)
 app.add_typer(benching.app, name="bench")
+app.add_typer(data_cli.app, name="data")

@@ -2,6 +2,67 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
+from arr_fast.cli import options as opt
+from arr_fast.cli.options import console
+
 app = typer.Typer(no_args_is_help=True, help="Measure engines side by side, gated on agreement.")
+
+
+@app.callback()
+def _bench() -> None:
+    """Keeps `judge` a command of its own, however many there are."""
+
+
+@app.command("judge")
+def judge(
+    model: opt.Model = "random:qwen3_vl-29m",
+    workload: Annotated[
+        str,
+        typer.Option(
+            help="Names, comma-separated; NAME-sweep: K = 1 to 64; acceptance: the whole table."
+        ),
+    ] = "design9",
+    engines: Annotated[
+        str, typer.Option(help="Comma-separated; an unknown name lists what there is.")
+    ] = "ours,transformers,transformers-kv-copied",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each point.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory.")] = True,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Interpreter that has vLLM, for the vllm engine.")
+    ] = None,
+    impl: opt.Impl = "auto",
+    quantization: opt.Quantization = "none",
+    csv: Annotated[Path | None, typer.Option(help="Append rows here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Plot cost against K; needs --csv.")] = None,
+    json_path: opt.JsonPath = None,
+) -> None:
+    """Time judges on one workload; nothing is timed unless all engines agree. Exit 1 otherwise."""
+    with opt.one_line_errors():
+        opt.quiet_libraries()
+        from arr_fast.bench.judge import run_judge_bench
+
+        settings: dict[str, Any] = {"impl": impl}
+        if quantization != "none":
+            settings["quantization"] = quantization
+        result = run_judge_bench(
+            model,
+            workload,
+            [name.strip() for name in engines.split(",") if name.strip()],
+            repeats=repeats,
+            threads=threads,
+            memory=memory,
+            vllm_python=vllm_python,
+            judge_options=settings,
+            csv=csv,
+            json_path=json_path,
+            png=png,
+            say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
+        if result.exit_code:
+            raise typer.Exit(result.exit_code)

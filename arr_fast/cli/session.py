@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from arr_fast.data.items import InputItem
+from arr_fast.data.record import image_bytes
 from arr_fast.errors import ArrFastError, BadImageError
 from arr_fast.images import CanonicalImage, to_image
 from arr_fast.rubric import Rubric
@@ -160,7 +161,7 @@ def _prepare(
         blobs: list[bytes] = []
         for name, path in zip(names, paths, strict=True):
             try:
-                blobs.append(Path(path).read_bytes())
+                blobs.append(image_bytes(path))
             except OSError as problem:
                 error = error or f"{name}: cannot read {path}: {problem.strerror or problem}"
                 blobs.append(b"")
@@ -222,10 +223,10 @@ def _judge(
             "id": item.name,
             "identity": prepared.identity,
             "prompt": item.prompt,
-            "images": list(item.images),
+            "images": [str(image) for image in item.images],
         }
         if item.source is not None:
-            line["source"] = item.source
+            line["source"] = str(item.source)
         if item.label_rank is not None:
             line["label_rank"] = list(item.label_rank)
         line |= verdicts[prepared.place]

@@ -1,1 +1,1 @@
-"""Preference data: what is read from files."""
+"""Preference data: one record, many formats, and the checks that a file must pass."""

@@ -150,6 +150,12 @@ class PrefixPool:
             return self._empty, self._empty
         return self._k[index], self._v[index]
 
+    def allocate(self) -> None:
+        """Takes the pool's memory now; compiled graphs then never see its shape change."""
+        if self.blocks and self._k is None:
+            self._k = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+            self._v = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+
     def lookup(self, chain: Sequence[bytes]) -> list[PoolRun]:
         """The cached blocks that lead a chain, joined where they are neighbours; pins them."""
         slots = []
@@ -182,9 +188,7 @@ class PrefixPool:
         if not self._free and not self._evict():
             self.stats.rejected += 1
             return None
-        if self._k is None:
-            self._k = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-            self._v = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        self.allocate()
         slot = self._free.pop()
         self._slots[key] = slot
         self._pinned.add(key)

@@ -342,6 +342,8 @@ class Engine:
         features: dict[str, ImageFeatures],
     ) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
+        if self.compiled:
+            self.pool.allocate()
         salt = f"{self.epoch}:{self.adapter.settings_hash()}".encode()
         plan = plan_forest(paths, table, features, self.pool, self.config.prefix_cache, salt)
         planned = time.perf_counter()

@@ -71,7 +71,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def resolve_path(name: str | Path) -> str:
-    """The checkpoint behind a name: `builtin:shapes`, `random:<family>-<size>`, a path, a hub id."""
+    """The checkpoint behind `builtin:shapes`, `random:<family>-<size>`, a directory or a hub id."""
     text = str(name)
     if text == "builtin:shapes":
         from arr_fast.shapes import judge_directory

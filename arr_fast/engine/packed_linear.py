@@ -15,7 +15,7 @@ AUTO_LIMIT = 2 << 30
 _TYPICAL_ROWS = 1024
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """Computes what a `nn.Linear` computes, from a packed copy of its weight.
 
     Args:
@@ -23,15 +23,16 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        # Not nn.Linear's own __init__, which would allocate another weight.
+        nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.packed: Tensor
         self.repack()
 
     def repack(self) -> None:
         """Reads the weight again, after it changed."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _TYPICAL_ROWS)
+        weight = self.weight.detach()
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

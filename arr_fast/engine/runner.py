@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -144,9 +144,7 @@ class ForestRunner:
         spans: Sequence[tuple[int, int, int]],
     ) -> Tensor:
         total = bucket_rows(forest.rows) if self.pad else forest.rows
-        hidden: Tensor = self.adapter.decoder.embed_tokens(
-            self._device(_padded(forest.ids, total))
-        )
+        hidden: Tensor = self.adapter.decoder.embed_tokens(self._device(_padded(forest.ids, total)))
         if spans:
             embeds = torch.cat([f.embeds for f in features])
             for row, source, length in spans:
@@ -156,15 +154,21 @@ class ForestRunner:
     def _tables(self, forest: PackedForest, total: int, store: StorePlan) -> ForestTables:
         own = np.arange(total, dtype=np.int32)
         own[: forest.rows] = forest.own_start
+        runs, tiles = forest.runs, forest.tiles(self._rows_per_tile())
+        rows, slots = store.rows, store.slots
+        if self.pad:
+            # Empty runs and tiles change nothing; a block stored twice is the same block.
+            runs, tiles = (_padded_to_bucket(x, mode="constant") for x in (runs, tiles))
+            rows, slots = (_padded_to_bucket(x, mode="edge") for x in (rows, slots))
         empty = torch.empty(0, device=self.device)
         return ForestTables(
             own_start=self._device(own),
-            runs=self._device(forest.runs),
-            tiles=self._device(forest.tiles(self._rows_per_tile())),
+            runs=self._device(runs),
+            tiles=self._device(tiles),
             k_pool=empty,
             v_pool=empty,
-            store_rows=self._device(store.rows),
-            store_slots=self._device(store.slots),
+            store_rows=self._device(rows),
+            store_slots=self._device(slots),
             impl=self.impl,
         )
 
@@ -247,3 +251,11 @@ def _padded(array: np.ndarray, total: int) -> np.ndarray:
     if not missing:
         return array
     return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
+
+
+def _padded_to_bucket(array: np.ndarray, mode: Literal["constant", "edge"]) -> np.ndarray:
+    """Pads the first axis to a power of two of at least 8; an empty array stays empty."""
+    if not len(array):
+        return array
+    missing = max(8, 1 << (len(array) - 1).bit_length()) - len(array)
+    return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1), mode=mode)

@@ -1,12 +1,13 @@
 """prefix_attention through flash-attn: two variable-length calls and one merge in float32.
 
 The ancestors' part is one call over the families (no mask), the own part one causal call over the
-segments; flash-attn aligns the causal mask to the bottom right, which is what rows in the middle of a
-segment need. Partials come back in the input dtype, so this impl has an error bound of its own (one more
-rounding than the others) and is never chosen by "auto". Log-sum-exps are [Hq, rows], natural log.
+segments; flash-attn aligns the causal mask to the bottom right, which is what rows in the middle of
+a segment need. Partials come back in the input dtype, so this impl has an error bound of its own
+(one more rounding than the others) and is never chosen by "auto". Log-sum-exps are [Hq, rows],
+natural log.
 
-Held in tests to the signature of flash_attn_varlen_func of flash-attn 2.7 and 2.8; flash-attn itself needs
-a GPU and has not been executed by this project's tests on a CPU.
+Held in tests to the signature of flash_attn_varlen_func of flash-attn 2.7 and 2.8; flash-attn
+itself needs a GPU and has not been executed by this project's tests on a CPU.
 """
 
 from __future__ import annotations

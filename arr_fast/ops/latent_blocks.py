@@ -1,8 +1,8 @@
 """Passes over latents in PyTorch that stay in the CPU's cache: shared by sde_step and rpo_loss.
 
-Eager formulas over whole latents write and re-read a dozen temporaries; here every operation runs on
-a block of a sample that fits the second-level cache, into a few reused float32 buffers. On a GPU,
-and for samples too small to be worth a Python loop, one block is the whole batch.
+Eager formulas over whole latents write and re-read a dozen temporaries; here every operation runs
+on a block of a sample that fits the second-level cache, into a few reused float32 buffers. On a
+GPU, and for samples too small to be worth a Python loop, one block is the whole batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Block:
 
 
 def blocks_of(latents: Tensor) -> Iterator[Block]:
-    """Cuts flat latents [B, E] into blocks: one of the whole, or cache-sized pieces of one sample."""
+    """Cuts flat latents [B, E] into blocks: one of the whole, or cache-sized pieces of one
+    sample."""
     batch, elements = latents.shape
     if latents.device.type != "cpu" or elements < _SMALL_SAMPLE:
         yield Block(slice(0, batch), slice(0, elements))

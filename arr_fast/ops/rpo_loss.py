@@ -11,15 +11,15 @@ KL forms, with mu_ref from v_ref:
                    gradient, so v_ref may be None; the reported KL is then NaN and the loss leaves
                    its value out, with the same gradient
     none           0
-GRPO-Guard (v_old given): rho = exp(std (log_prob - log_prob_old + mean (mu - mu_old)^2 / (2 std^2)))
-and the policy term is divided by -dt (flow_grpo README). log_prob is a mean over E elements, so a clip
-c is worth c E nats.
+GRPO-Guard (v_old given): rho = exp(std (log_prob - log_prob_old + mean (mu - mu_old)^2 / (2
+std^2))) and the policy term is divided by -dt (flow_grpo README). log_prob is a mean over E
+elements, so a clip c is worth c E nats.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -87,7 +87,8 @@ def rpo_loss(
         The per-sample loss and its diagnostics.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or values that do not fit; the message names the argument.
+        ValueError: Shapes, dtypes, devices or values that do not fit; the message names the
+        argument.
     """
     step = coefficients
     loss, stats = rpo_loss_op(
@@ -210,7 +211,8 @@ def rpo_loss_backward_op(
     v_scale: Tensor,
     impl: str,
 ) -> Tensor:
-    """dv = grad (error_scale (x' - mu) + ref_scale (v - v_ref) + old_scale (v - v_old)), v's dtype."""
+    """dv = grad (error_scale (x' - mu) + ref_scale (v - v_ref) + old_scale (v - v_old)), v's
+    dtype."""
     if impl == "torch":
         from arr_fast.ops.rpo_loss_torch import rpo_loss_backward_torch as launch
     elif impl == "reference":
@@ -247,19 +249,18 @@ def _(
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
-def _setup_context(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     v, x, x_next, v_ref, v_old, x_scale, v_scale = inputs[:7]
     kl, _, impl = inputs[14:]
     # log_prob_diff has no gradient through the reference: the backward need not read v_ref.
     v_ref = v_ref if kl in ("latent_mean", "velocity") else None
-    ctx.save_for_backward(output[1], v, x, x_next, v_ref, v_old, x_scale, v_scale)  # type: ignore[attr-defined]
-    ctx.impl = impl  # type: ignore[attr-defined]
+    ctx.save_for_backward(output[1], v, x, x_next, v_ref, v_old, x_scale, v_scale)
+    ctx.impl = impl
 
 
-def _backward(ctx: object, grad_loss: Tensor, grad_stats: Tensor) -> tuple[object, ...]:
-    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+def _backward(ctx: Any, grad_loss: Tensor, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
     # A mean over the batch hands back an expanded scalar; the kernel reads one number per sample.
-    grad_v = rpo_loss_backward_op(grad_loss.contiguous(), *saved, ctx.impl)  # type: ignore[attr-defined]
+    grad_v = rpo_loss_backward_op(grad_loss.contiguous(), *ctx.saved_tensors, ctx.impl)
     return grad_v, *[None] * 16
 
 

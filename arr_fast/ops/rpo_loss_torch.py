@@ -1,4 +1,5 @@
-"""The PyTorch implementation of rpo_loss: one blocked pass forward, one backward, no saved tensors."""
+"""The PyTorch implementation of rpo_loss: one blocked pass forward, one backward, no saved
+tensors."""
 
 from __future__ import annotations
 

@@ -11,15 +11,15 @@ x1 = x + (1 - sigma) v, every kind of step is
     ode        S = 0                             c = sigma'
 
 and log_prob is the mean over a sample's elements of the Gaussian log density of x', rounded to its
-storage dtype first. Sources: flow_grpo flow_grpo/diffusers_patch/sd3_sde_with_logprob.py (sde, cps),
-the ARR reference's fastvideo/train_rpo_flux.py `flux_step` (dance_sde).
+storage dtype first. Sources: flow_grpo flow_grpo/diffusers_patch/sd3_sde_with_logprob.py (sde,
+cps), the ARR reference's fastvideo/train_rpo_flux.py `flux_step` (dance_sde).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -136,7 +136,8 @@ def sde_step(
         (x' [B, ...] in x's dtype, log_prob float32 [B]; NaN for a deterministic step).
 
     Raises:
-        ValueError: Shapes, dtypes, devices or values that do not fit; the message names the argument.
+        ValueError: Shapes, dtypes, devices or values that do not fit; the message names the
+        argument.
     """
     step = coefficients
     x_next, log_prob = sde_step_op(
@@ -196,19 +197,19 @@ def _(
     return x_next, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
 
-def _setup_context(ctx: object, inputs: tuple[object, ...], output: object) -> None:
-    x, v, x_scale, v_scale = inputs[:4]
-    ctx.save_for_backward(x_scale, v_scale)  # type: ignore[attr-defined]
-    ctx.v_dtype = v.dtype  # type: ignore[attr-defined]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, v, x_scale, v_scale = inputs[:4]
+    ctx.save_for_backward(x_scale, v_scale)
+    ctx.v_dtype = v.dtype
 
 
-def _backward(ctx: object, grad_x_next: Tensor, grad_log_prob: Tensor) -> tuple[object, ...]:
-    x_scale, v_scale = ctx.saved_tensors  # type: ignore[attr-defined]
+def _backward(ctx: Any, grad_x_next: Tensor, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
+    x_scale, v_scale = ctx.saved_tensors
     shape = (-1, *[1] * (grad_x_next.ndim - 1))
     grad = grad_x_next.float()
     grad_x = (grad * x_scale.view(shape)).to(grad_x_next.dtype)
-    grad_v = (grad * v_scale.view(shape)).to(ctx.v_dtype)  # type: ignore[attr-defined]
-    return grad_x, grad_v, None, None, None, None, None, None, None
+    grad_v = (grad * v_scale.view(shape)).to(ctx.v_dtype)
+    return grad_x, grad_v, *[None] * 7
 
 
 sde_step_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,5 @@
-"""The PyTorch implementation of sde_step: cache-sized blocks on a CPU, plain operations on a GPU."""
+"""The PyTorch implementation of sde_step: cache-sized blocks on a CPU, plain operations on a
+GPU."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ def sde_step_torch(
 ) -> tuple[Tensor, Tensor]:
     """`sde_step` with float32 arithmetic; x' is rounded to x's dtype before log_prob.
 
-    The error x' - mu is formed as rpo_loss forms it, in the same order and the same blocks, so that the
-    ratio of an unchanged policy is exactly 1.
+    The error x' - mu is formed as rpo_loss forms it, in the same order and the same blocks, so that
+    the ratio of an unchanged policy is exactly 1.
     """
     x_next = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat_x, flat_v, flat_next = flat(x), flat(v), x_next.flatten(1)

@@ -1,4 +1,5 @@
-"""fp64 oracles of sde_step and rpo_loss: the formulas of their docstrings, whole tensors at a time."""
+"""fp64 oracles of sde_step and rpo_loss: the formulas of their docstrings, whole tensors at a
+time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The forest's tables as lists of sequences: what the packaged attention kernels take.
 
-flash-attn and xFormers know pairs of (queries, keys), not trees. Rows that share their ancestors form
-one sequence for the ancestors' part; every segment is one causal sequence for the own part.
+flash-attn and xFormers know pairs of (queries, keys), not trees. Rows that share their ancestors
+form one sequence for the ancestors' part; every segment is one causal sequence for the own part.
 """
 
 from __future__ import annotations

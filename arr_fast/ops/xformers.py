@@ -1,13 +1,13 @@
 """prefix_attention through xFormers: the ancestors' part by its partial attention, merged in fp32.
 
-Ancestors: `memory_efficient_attention_partial` without a bias, one call per family, grouped heads as
-[1, rows, Hkv, group, D]; keys are expanded over the group without a copy. Partials are asked for in
-float32, which only xFormers' split-K kernel offers; that kernel knows no causal bias without paged or
-padded keys, so the own part is computed in plain float32. `merge_attentions` combines the two; its
-log-sum-exps are [1, Hkv, group, rows], natural log, float64 beside float32 partials.
+Ancestors: `memory_efficient_attention_partial` without a bias, one call per family, grouped heads
+as [1, rows, Hkv, group, D]; keys are expanded over the group without a copy. Partials are asked for
+in float32, which only xFormers' split-K kernel offers; that kernel knows no causal bias without
+paged or padded keys, so the own part is computed in plain float32. `merge_attentions` combines the
+two; its log-sum-exps are [1, Hkv, group, rows], natural log, float64 beside float32 partials.
 
-Held in tests to the signatures of xFormers 0.0.35, where it is installed; its kernels need a GPU and
-have not been executed by this project's tests on a CPU.
+Held in tests to the signatures of xFormers 0.0.35, where it is installed; its kernels need a GPU
+and have not been executed by this project's tests on a CPU.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _fmha() -> Any:
 
 
 def _partial(fmha: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q [n, Hkv, group, D] over k, v [m, Hkv, D]: out [1, n, Hkv, group, D], lse [1, Hkv, group, n]."""
+    """q [n, Hkv, group, D] over k, v [m, Hkv, D]: out [1, n, Hkv, group, D], lse [1, Hkv, group,
+    n]."""
     expanded = (-1, -1, q.shape[2], -1)
     out, lse = fmha.memory_efficient_attention_partial(
         q[None],

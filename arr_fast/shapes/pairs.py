@@ -30,6 +30,24 @@ from arr_fast.shapes.scene import (
 Change = Callable[[np.random.Generator, Scene, Split], Scene | None]
 
 
+# Relative frequency of the kinds of claim among the candidates of a pair.
+KIND_WEIGHTS = {
+    "presence": 0.6,
+    "absence": 0.6,
+    "colour": 2.0,
+    "size": 3.0,
+    "relation": 5.0,
+    "position": 1.5,
+    "caption_relation": 8.0,
+    "caption_colours": 5.0,
+    "caption_background": 3.0,
+    "caption_extra": 2.0,
+    "caption_objects": 2.0,
+    "caption_count": 1.5,
+    "faithful": 2.5,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledCriterion:
     """A criterion's text with its truth on each picture."""
@@ -188,7 +206,9 @@ CONTENT_CHANGES: tuple[Change, ...] = (
 QUALITY_CHANGES: tuple[Change, ...] = (_blur, _grain, _hide, _cut)
 
 
-def _changed(rng: np.random.Generator, scene: Scene, split: Split) -> Scene:
+def _changed(
+    rng: np.random.Generator, scene: Scene, split: Split, degraded: float = 0.4
+) -> Scene:
     """A picture of the caption: as it says, or with content and quality changes."""
     out = scene
     if rng.random() < 0.3:
@@ -196,7 +216,7 @@ def _changed(rng: np.random.Generator, scene: Scene, split: Split) -> Scene:
     for _ in range(int(rng.choice([0, 1, 2], p=[0.35, 0.45, 0.2]))):
         change = CONTENT_CHANGES[int(rng.integers(len(CONTENT_CHANGES)))]
         out = change(rng, out, split) or out
-    if rng.random() < 0.4:
+    if rng.random() < degraded:
         change = QUALITY_CHANGES[int(rng.integers(len(QUALITY_CHANGES)))]
         out = change(rng, out, split) or out
     return out
@@ -214,8 +234,10 @@ def _picture(rng: np.random.Generator, scene: Scene, split: Split) -> Scene:
 
 
 def sample_picture(rng: np.random.Generator, split: Split) -> Scene:
-    """A picture of some scene, changed and degraded as the pictures of pairs are."""
-    return _picture(rng, sample_scene(rng, split), split)
+    """A picture of some scene, often degraded."""
+    if rng.random() < 0.03:
+        return replace(sample_scene(rng, split), objects=())
+    return _changed(rng, sample_scene(rng, split), split, degraded=0.7)
 
 
 def _any(values: list[str], rng: np.random.Generator) -> str:

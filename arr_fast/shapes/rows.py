@@ -25,31 +25,19 @@ from arr_fast.shapes.packing import (
     encode_path,
     shared_prefix,
 )
-from arr_fast.shapes.pairs import Example, sample_edit_pair, sample_pair, single_picture
+from arr_fast.shapes.pairs import (
+    KIND_WEIGHTS,
+    Example,
+    sample_edit_pair,
+    sample_pair,
+    single_picture,
+)
 from arr_fast.shapes.render import render
 from arr_fast.shapes.scene import Scene, Split
 
 THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
 ROW_TOKENS = 352
 LARGE_SIDES = (96, 128, 256)
-
-# Relative frequency of the kinds of claim among the candidates of a pair.
-KIND_WEIGHTS = {
-    "presence": 0.6,
-    "absence": 0.6,
-    "colour": 2.0,
-    "size": 3.0,
-    "relation": 5.0,
-    "position": 1.5,
-    "caption_relation": 8.0,
-    "caption_colours": 5.0,
-    "caption_background": 3.0,
-    "caption_extra": 2.0,
-    "caption_objects": 2.0,
-    "caption_count": 1.5,
-    "faithful": 2.5,
-}
-
 
 def make_encoder(tokenizer: Any) -> PromptEncoder:
     """The prompt encoder of the bundled judge's tokenizer."""

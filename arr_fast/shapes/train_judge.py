@@ -42,6 +42,9 @@ class Plan:
         judge_steps: Steps of stage 2.
         judge_rows: Packed rows per step and worker of stage 2.
         workers: Single-threaded processes that share every step.
+        every: Interval of logging, checking and saving, in steps.
+        vision_check: Held-out pictures of a check in stage 1.
+        judge_check: Held-out rows of a check in stage 2.
     """
 
     seed: int = 0
@@ -50,6 +53,9 @@ class Plan:
     judge_steps: int = 2000
     judge_rows: int = 5
     workers: int = 2
+    every: int = 50
+    vision_check: int = 128
+    judge_check: int = 48
 
 
 def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> float:
@@ -59,7 +65,7 @@ def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> fl
 
 
 # In stage 2 what stage 1 taught must last: words and the tower move slowly, deepstack is new.
-SLOWER = (("deepstack", 1.0), ("visual", 0.15), ("embed_tokens", 0.25))
+SLOWER = (("deepstack", 1.0), ("visual", 0.5), ("embed_tokens", 0.25))
 
 
 class Interrupted(Exception):
@@ -113,9 +119,8 @@ class Run:
         loss: Callable[[np.random.Generator], dict[str, torch.Tensor]],
         evaluate: Callable[[], dict[str, float]],
         extra: Callable[[], dict[str, object]],
-        every: int,
     ) -> None:
-        """Runs the steps of a stage; every so many of them it logs, evaluates and saves.
+        """Runs the steps of a stage; every `plan.every` of them it logs, evaluates and saves.
 
         Args:
             stage: Name in curve and state.
@@ -125,7 +130,6 @@ class Run:
             loss: Maps a generator to named losses; "loss" is the one that is minimised.
             evaluate: Scores on held-out data; called by worker 0.
             extra: What the state holds beside the model.
-            every: Interval of logging and saving.
         """
         number = {"vision": 1, "judge": 2}[stage]
         sums: dict[str, list[float]] = {}
@@ -140,7 +144,7 @@ class Run:
             for name, value in zip([*losses, "grad_norm"], means, strict=True):
                 sums.setdefault(name, []).append(value)
             done = step + 1
-            if done % every and done != steps and not stop:
+            if done % self.plan.every and done != steps and not stop:
                 continue
             if self.rank == 0:
                 mean = {k: float(np.mean(v)) for k, v in sums.items()}
@@ -178,9 +182,9 @@ def train_vision(run: Run) -> None:
         return {"heads": heads.state_dict(), "optimiser": optimiser.state()}
 
     def scores() -> dict[str, float]:
-        return vision_pretraining.evaluate(run.vision, heads, plan.seed, 128)
+        return vision_pretraining.evaluate(run.vision, heads, plan.seed, plan.vision_check)
 
-    run.loop("vision", first, plan.vision_steps, optimiser, loss, scores, extra, every=50)
+    run.loop("vision", first, plan.vision_steps, optimiser, loss, scores, extra)
 
 
 def train_decoder(run: Run) -> None:
@@ -208,9 +212,9 @@ def train_decoder(run: Run) -> None:
         return {"probes": probes.state_dict(), "optimiser": optimiser.state()}
 
     def scores() -> dict[str, float]:
-        return judge_training.evaluate(losses, plan.seed, 48)
+        return judge_training.evaluate(losses, plan.seed, plan.judge_check)
 
-    run.loop("judge", first, plan.judge_steps, optimiser, loss, scores, extra, every=50)
+    run.loop("judge", first, plan.judge_steps, optimiser, loss, scores, extra)
 
 
 def work(rank: int, out: Path, plan: Plan, resume: bool) -> None:

@@ -41,6 +41,8 @@ WORD_HEADS: dict[str, tuple[str, ...]] = {
     "column": COLUMNS,
 }
 
+HEAD_WEIGHTS = {"count": 0.5, "blur": 1.0, "noise": 1.0, "cut": 0.5, "row": 0.2, "column": 0.2}
+
 
 @dataclass(frozen=True, slots=True)
 class CellClass:
@@ -160,6 +162,11 @@ class CellHeads(nn.Module):
         for head, words in WORD_HEADS.items():
             rows = torch.stack([embeddings[word_ids[w]] for w in words])
             self.register_buffer(f"words_{head}", rows)
+        shapes = [*SHAPES, "rectangle"]
+        rows = torch.stack([embeddings[word_ids[s]] for s in shapes])
+        self.register_buffer("shape_words", rows, persistent=False)
+        owners = [shapes.index(c.words[1]) if c.words[1] in shapes else -1 for c in classes]
+        self.register_buffer("shape_of", torch.tensor(owners), persistent=False)
         self.place = nn.Linear(embeddings.shape[1], 3)
         self.anchor = nn.Linear(embeddings.shape[1], 1)
 
@@ -167,23 +174,28 @@ class CellHeads(nn.Module):
         """Mean loss over the cells of image tokens [N, 16, hidden]."""
         logits = LOGIT_SCALE * merged @ self.class_weights.T  # type: ignore[operator]
         logits = logits.masked_fill(~self.trained, -1e4)  # type: ignore[operator]
-        total = -(targets.classes * logits.log_softmax(-1)).sum(-1).mean()
+        total = -2 * (targets.classes * logits.log_softmax(-1)).sum(-1).mean()
+        occupied = targets.main != IGNORED
+        shapes = LOGIT_SCALE * merged[occupied] @ self.shape_words.T  # type: ignore[operator]
+        total = total + 2 * F.cross_entropy(shapes, self.shape_of[targets.main[occupied]])  # type: ignore[index]
         for head, wanted in targets.words.items():
             scores = LOGIT_SCALE * merged @ getattr(self, f"words_{head}").T
-            total = total + 0.5 * F.cross_entropy(scores.flatten(0, 1), wanted.flatten())
-        occupied = targets.main != IGNORED
+            total = total + HEAD_WEIGHTS[head] * F.cross_entropy(scores.flatten(0, 1), wanted.flatten())
         error = (self.place(merged) - targets.place)[occupied].square().mean()
         anchors = F.binary_cross_entropy_with_logits(
             self.anchor(merged)[..., 0], targets.anchors, pos_weight=torch.tensor(4.0)
         )
-        return total + 4 * error + 0.5 * anchors
+        return total + error + 0.3 * anchors
 
     @torch.no_grad()
     def scores(self, merged: Tensor, targets: CellTargets) -> dict[str, float]:
         """Accuracy of the main object's class over occupied cells, and of every word head."""
         occupied = targets.main != IGNORED
+        shapes = (merged[occupied] @ self.shape_words.T).argmax(-1)  # type: ignore[operator]
         objects = merged[occupied] @ self.class_weights[: -len(BACKGROUNDS) - 2].T  # type: ignore[index]
         found = {"object": (objects.argmax(-1) == targets.main[occupied]).float().mean().item()}
+        wanted_shapes = self.shape_of[targets.main[occupied]]  # type: ignore[index]
+        found["shape"] = (shapes == wanted_shapes).float().mean().item()
         for head, wanted in targets.words.items():
             known = wanted != IGNORED
             guess = (merged[known] @ getattr(self, f"words_{head}").T).argmax(-1)

@@ -1,8 +1,10 @@
-"""Compiles every case ahead of time for GPUs that need not be present, and reads what the compiler made of it.
+"""Compiles every case ahead of time for GPUs that need not be present, and reads what the compiler
+made of it.
 
-NVIDIA: registers, stack and shared memory from `cuobjdump --dump-resource-usage` on the cubin (spills live in the stack frame, so stack 0
-is no spill), instructions from PTX. AMD: the metadata and instructions of the AMDGCN text. The interpreter replaces `triton.jit`, so this
-module refuses to run under TRITON_INTERPRET=1. Idea: Triton's own python/test/unit/language/test_compile_only.py.
+NVIDIA: registers, stack and shared memory from `cuobjdump --dump-resource-usage` on the cubin
+(spills live in the stack frame, so stack 0 is no spill), instructions from PTX. AMD: the metadata
+and instructions of the AMDGCN text. The interpreter replaces `triton.jit`, so this module refuses
+to run under TRITON_INTERPRET=1. Idea: Triton's own python/test/unit/language/test_compile_only.py.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from arr_fast_kernels.configs import ARCHS
+from arr_fast_kernels.roofline import GPUS, Resources, blocks_per_sm, roofline
 from arr_fast_kernels.specs import Case, cases
 
 MATRIX_INSTRUCTION = {
@@ -29,61 +32,18 @@ MATRIX_INSTRUCTION = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
+_CASE_KEYS: tuple[str, ...] = (
+    "op",
+    "kernel",
+    "shape",
+    "dtype",
+    "arch",
+    "num_warps",
+    "num_stages",
+    "programs",
+)
+_CASE_KEYS += ("flops", "least_bytes", "bytes", "hbm_bytes", "reason")
 ASYNC_COPY = {"sm": r"cp\.async\.c[ag]|cp\.async\.bulk", "gfx": r"buffer_load_dword.* lds"}
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A card's limits, from its data sheet: dense bf16 and fp32 peak, bandwidth, and what a multiprocessor holds.
-
-    Attributes:
-        name: Marketing name.
-        matrix_tflops: Dense 16-bit matrix peak, TFLOP/s.
-        fp32_tflops: Vector fp32 peak, TFLOP/s.
-        bandwidth: HBM bandwidth, GB/s.
-        shared_per_block: Most shared memory of one program, bytes.
-        shared_per_sm: Shared memory of a multiprocessor, bytes.
-        warps_per_sm: Resident warps (waves).
-        registers_per_sm: 32-bit registers (NVIDIA); registers of one lane of a SIMD (AMD).
-    """
-
-    name: str
-    matrix_tflops: float
-    fp32_tflops: float
-    bandwidth: float
-    shared_per_block: int
-    shared_per_sm: int
-    warps_per_sm: int
-    registers_per_sm: int
-
-
-GPUS = {
-    "sm_80": Gpu("A100", 312, 19.5, 2039, 163 * 1024, 164 * 1024, 64, 65536),
-    "sm_90": Gpu("H100", 989, 67, 3350, 227 * 1024, 228 * 1024, 64, 65536),
-    "sm_100": Gpu("B200", 2250, 80, 8000, 227 * 1024, 228 * 1024, 64, 65536),
-    "gfx942": Gpu("MI300X", 1307, 163, 5300, 64 * 1024, 64 * 1024, 32, 512),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What the compiler made of one case.
-
-    Attributes:
-        registers: per thread (NVIDIA) or vector registers per lane, agprs included (AMD).
-        spill_bytes: stack frame (NVIDIA) or private segment (AMD), bytes per thread.
-        vgpr_spills: spilled vector registers (AMD; 0 elsewhere).
-        shared: shared memory of a program, bytes.
-        matrix: matrix instructions of the architecture's own kind in the text.
-        async_copies: asynchronous copies to shared memory in the text.
-    """
-
-    registers: int
-    spill_bytes: int
-    vgpr_spills: int
-    shared: int
-    matrix: int
-    async_copies: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +59,8 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the line as plain data."""
-        keys = ("op", "kernel", "shape", "dtype", "arch", "num_warps", "num_stages", "programs")
-        keys += ("flops", "least_bytes", "bytes", "hbm_bytes", "reason")
         return {
-            **{key: getattr(self.case, key) for key in keys},
+            **{key: getattr(self.case, key) for key in _CASE_KEYS},
             "constants": dict(self.case.constants),
             **asdict(self.resources),
             "blocks_per_sm": self.blocks_per_sm,
@@ -194,34 +152,6 @@ def _read_amdgcn(text: str, shared: int) -> Resources:
     )
 
 
-def blocks_per_sm(case: Case, resources: Resources) -> int:
-    """Programs that one multiprocessor holds, by registers, shared memory and warps."""
-    gpu = GPUS[case.arch]
-    if case.arch.startswith("gfx"):
-        waves_per_simd = min(gpu.registers_per_sm // _round_up(resources.registers, 8), 8)
-        by_registers = 4 * waves_per_simd // case.num_warps
-        reserved = 0
-    else:
-        per_warp = _round_up(resources.registers, 8) * 32
-        by_registers = gpu.registers_per_sm // per_warp // case.num_warps
-        reserved = 1024  # the driver takes 1 KiB of each program's shared memory
-    by_shared = gpu.shared_per_sm // max(resources.shared + reserved, 1)
-    return min(by_registers, by_shared, gpu.warps_per_sm // case.num_warps, 32)
-
-
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
-def roofline(case: Case) -> tuple[float, str]:
-    """Least time on the card in microseconds, and what bounds it: "memory" or "compute"."""
-    gpu = GPUS[case.arch]
-    memory = case.hbm_bytes / (gpu.bandwidth * 1e9)
-    peak = gpu.matrix_tflops if case.matrix and case.dtype != "fp32" else gpu.fp32_tflops
-    compute = case.flops / (peak * 1e12)
-    return max(memory, compute) * 1e6, "memory" if memory >= compute else "compute"
-
-
 def problems_of(case: Case, resources: Resources) -> tuple[str, ...]:
     """Broken budgets of one case; fp32 carries no spill and no matrix gate."""
     found = []
@@ -272,7 +202,7 @@ def build_rows(work: Sequence[Case], *, jobs: int = 1) -> Iterable[Row]:
 
 
 def canonical_arch(name: str) -> str:
-    """ "80", "sm80" or "sm_80" -> "sm_80"; "gfx942" stays.
+    """Spells an architecture as in ARCHS: "80", "sm80" and "sm_80" are one.
 
     Raises:
         ValueError: an architecture without shipped configurations.
@@ -297,7 +227,8 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def write_report(archs: Sequence[str], path: Path) -> None:
-    """Compiles every fp16 and bf16 case of some architectures and writes the table; setup.py calls this."""
+    """Compiles every fp16 and bf16 case of some architectures and writes the table; setup.py calls
+    this."""
     work = [case for arch in archs for case in cases(canonical_arch(arch))]
     rows = list(build_rows(work, jobs=os.cpu_count() or 1))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
-"""Shipped launch configurations per architecture, each with its reason. Pure Python: needs neither triton nor a GPU.
+"""Shipped launch configurations per architecture, each with its reason. Pure Python: needs neither
+triton nor a GPU.
 
-Nothing is tuned at run time and nothing depends on a sequence length, so one shape always runs one binary. Registers and shared memory
-quoted here are what `arr-fast kernels report` reads from the compiled kernels.
+Nothing is tuned at run time and nothing depends on a sequence length, so one shape always runs one
+binary. Registers and shared memory quoted here are what `arr-fast kernels report` reads from the
+compiled kernels.
 """
 
 from __future__ import annotations
@@ -14,18 +16,22 @@ import torch
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 HEAD_DIMS = (64, 96, 128, 256)
 
-# Splits exist for forests with too few tiles to fill a card. A table this small bounds the fp32 scratch; a larger one may hold none.
+# Splits exist for forests with too few tiles to fill a card. A table this small bounds the fp32
+# scratch; a larger one may hold none.
 MAX_SPLIT_TILES = 512
-# Tokens of the vocabulary that one program of the verdict head covers: fixed, so that a row's sum does not depend on its batch.
+# Tokens of the vocabulary that one program of the verdict head covers: fixed, so that a row's sum
+# does not depend on its batch.
 VOCAB_PART = 512
-# A [64, 128] fp32 tile of products on 4 warps is 64 registers a thread: the most label rows still fit.
+# A [64, 128] fp32 tile of products on 4 warps is 64 registers a thread: the most label rows still
+# fit.
 LABEL_BLOCK_H = 128
 LABEL_WARPS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """Block sizes of `prefix_attention`: query slots (rows x group) and keys per block, warps, pipeline stages."""
+    """Block sizes of `prefix_attention`: query slots (rows x group) and keys per block, warps,
+    pipeline stages."""
 
     block_m: int
     block_n: int
@@ -36,7 +42,8 @@ class AttentionConfig:
 
 @dataclass(frozen=True, slots=True)
 class VocabConfig:
-    """Block sizes of the verdict head's vocabulary kernel: rows, tokens, hidden columns, warps, pipeline stages."""
+    """Block sizes of the verdict head's vocabulary kernel: rows, tokens, hidden columns, warps,
+    pipeline stages."""
 
     block_n: int
     block_v: int
@@ -69,7 +76,8 @@ _ATTENTION: dict[str, dict[int, AttentionConfig]] = {
         128: _A(128, 64, 8, 3, "208 registers, 128 KiB; 128 keys spill 64 bytes"),
         256: _A(128, 32, 8, 2, "248 registers, 128 KiB; 64 keys spill"),
     },
-    # The accumulator lives in tensor memory and passes through registers at every rescale: 8 warps, or it spills.
+    # The accumulator lives in tensor memory and passes through registers at every rescale: 8 warps,
+    # or it spills.
     "sm_100": {
         64: _A(128, 64, 8, 3, "190 registers; 16 warps lose tcgen05"),
         128: _A(128, 64, 8, 2, "238 registers, 104 KiB; two programs fit in shared memory"),
@@ -83,7 +91,8 @@ _ATTENTION: dict[str, dict[int, AttentionConfig]] = {
     },
 }
 _INTERPRET = _A(32, 16, 1, 1, "small blocks: many tiles and block edges in small tests")
-# fp32 serves tests and debugging: twice the bytes, so fewer keys and one stage. block_m stays, because tiles are cut for it.
+# fp32 serves tests and debugging: twice the bytes, so fewer keys and one stage. block_m stays,
+# because tiles are cut for it.
 _FP32_KEYS = {64: 32, 128: 16, 256: 16}
 
 _V = VocabConfig
@@ -166,9 +175,13 @@ def elementwise_config(arch: str) -> ElementwiseConfig:
     return ElementwiseConfig(1024, 4, "8 elements a thread: one 16-byte load of bf16, two of fp32")
 
 
-def dot_precision(arch: str) -> str:
-    """`input_precision` of fp32 products: three tf32 products keep fp32 accuracy on NVIDIA's tensor cores; AMD has fp32 mfma."""
-    return "tf32x3" if arch.startswith("sm_") else "ieee"
+def dot_precision(arch: str, head_dim: int = 0) -> str:
+    """Returns `input_precision` of fp32 products: exact to fp32 rounding everywhere.
+
+    Three tf32 products keep fp32 accuracy on NVIDIA's tensor cores, but hold both halves of their operands:
+    at head dim 256 those pass the shared memory, and plain fp32 runs. AMD has fp32 mfma.
+    """
+    return "tf32x3" if arch.startswith("sm_") and head_dim <= 128 else "ieee"
 
 
 def arch_of(device: torch.device) -> str:

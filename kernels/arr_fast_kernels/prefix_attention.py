@@ -2,19 +2,25 @@
 
     out[i, h] = sum_j softmax_j(scale * <q[i, h], k[j, h // group]>) v[j, h // group]
 
-where j runs over the rows of all ancestors of row i's segment and over the rows `own_start[i] .. i` of its own segment.
+where j runs over the rows of all ancestors of row i's segment and over the rows `own_start[i] .. i`
+of its own segment.
 
-Legend: T new rows, C pool rows, Hq query heads, Hkv key heads, group = Hq / Hkv, D head dim, R runs, N tiles,
-M query slots of a tile (row-major over (row, head of the group)), K keys of one block.
+Legend: T new rows, C pool rows, Hq query heads, Hkv key heads, group = Hq / Hkv, D head dim, R
+runs, N tiles, M query slots of a tile (row-major over (row, head of the group)), K keys of one
+block.
 
-One program handles one tile and one KV head. A tile gathers contiguous rows of sibling segments times the whole GQA group, so every
-ancestor key and value is read once per tile, whatever the number of siblings in it. One fp32 state (running max, running sum,
-accumulator) is carried from the first ancestor's first key to the last own key; nothing is merged through memory, unless the host
-splits a tile's runs over several programs (`split_slot >= 0`), whose fp32 partials `_merge_splits_kernel` combines.
+One program handles one tile and one KV head. A tile gathers contiguous rows of sibling segments
+times the whole GQA group, so every ancestor key and value is read once per tile, whatever the
+number of siblings in it. One fp32 state (running max, running sum, accumulator) is carried from the
+first ancestor's first key to the last own key; nothing is merged through memory, unless the host
+splits a tile's runs over several programs (`split_slot >= 0`), whose fp32 partials
+`_merge_splits_kernel` combines.
 
-Limits: D <= 256 (padded to a power of two in registers only), rows of a tile * group <= BLOCK_M. Scores and accumulators are fp32;
-probabilities are cast to the values' dtype before the second product, as in FlashAttention.
-Idea: FlashAttention-2's online softmax (arXiv 2307.08691); shared-prefix tiles as in Hydragen (arXiv 2402.05099), without its merge.
+Limits: D <= 256 (padded to a power of two in registers only), rows of a tile * group <= BLOCK_M.
+Scores and accumulators are fp32; probabilities are cast to the values' dtype before the second
+product, as in FlashAttention.
+Idea: FlashAttention-2's online softmax (arXiv 2307.08691); shared-prefix tiles as in Hydragen
+(arXiv 2402.05099), without its merge.
 """
 
 from __future__ import annotations
@@ -58,7 +64,8 @@ def _attend_keys(
     INPUT_PRECISION: tl.constexpr,
     IS_OWN: tl.constexpr,
 ):
-    """Adds the keys first_key .. end_key - 1 to the softmax state; IS_OWN applies the causal, block-diagonal mask."""
+    """Adds the keys first_key .. end_key - 1 to the softmax state; IS_OWN applies the causal,
+    block-diagonal mask."""
     offsets_d = tl.arange(0, BLOCK_D)
     offsets_n = tl.arange(0, BLOCK_N)
     for block_start in tl.range(first_key, end_key, BLOCK_N):
@@ -196,7 +203,8 @@ def _prefix_attention_kernel(
             INPUT_PRECISION,
             IS_OWN=False,
         )
-    # Rows ascend and own_start ascends with them, so the first row's start bounds the tile's own keys from below.
+    # Rows ascend and own_start ascends with them, so the first row's start bounds the tile's own
+    # keys from below.
     first_own = tl.load(own_start_ptr + first_row)
     running_max_M, running_sum_M, accumulator_MD = _attend_keys(
         running_max_M,
@@ -257,8 +265,8 @@ def _merge_splits_kernel(
 ):
     """Merges the partials of one split tile, in slot order: out = sum_s 2^(lse_s - lse) out_s.
 
-    slot_row [slots, 2] holds (first row, rows) of the slots that were written, -1 elsewhere. The parts of one tile hold consecutive
-    slots; the program of the first one does the work.
+    slot_row [slots, 2] holds (first row, rows) of the slots that were written, -1 elsewhere. The
+    parts of one tile hold consecutive slots; the program of the first one does the work.
     """
     slot = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -320,7 +328,8 @@ def prefix_attention(
     scale: float,
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
-    """Launches tree attention; shapes and tables are those of `arr_fast.ops.prefix_attention`, validated there.
+    """Launches tree attention; shapes and tables are those of `arr_fast.ops.prefix_attention`,
+    validated there.
 
     Args:
         q: [T, Hq, D] queries, rotary applied; fp16, bf16 or fp32.
@@ -330,10 +339,12 @@ def prefix_attention(
         v_pool: [C, Hkv, D] values of cached rows.
         own_start: i32 [T]; row i sees the new rows own_start[i] .. i.
         runs: i32 [R, 3] of (0 new | 1 pool, first row, length).
-        tiles: i32 [N, 6] of (first row, rows, run_begin, run_end, with_own, split_slot | -1). The parts of a split tile hold
-            consecutive slots of 0 .. N - 1, and exactly one of them has with_own = 1. At most MAX_SPLIT_TILES tiles in a table with splits.
+        tiles: i32 [N, 6] of (first row, rows, run_begin, run_end, with_own, split_slot | -1). The
+            parts of a split tile hold consecutive slots of 0 .. N - 1, and exactly one of them has
+            with_own = 1. At most MAX_SPLIT_TILES tiles in a table with splits.
         scale: factor of the scores, usually 1 / sqrt(D).
-        config: block sizes; None takes the shipped ones for this device. Tiles must have been cut for its block_m.
+        config: block sizes; None takes the shipped ones for this device. Tiles must have been cut
+            for its block_m.
 
     Returns:
         [T, Hq, D] in q's dtype; rows that no tile covers are zero.
@@ -347,8 +358,8 @@ def prefix_attention(
     out = torch.zeros((rows, query_heads, head_dim), dtype=q.dtype, device=q.device)
     if rows == 0 or tile_count == 0:
         return out
-    # The number of slots is known on the device only. Splits serve forests with too few tiles for the card, so a small table
-    # bounds the scratch memory and a large one needs none.
+    # The number of slots is known on the device only. Splits serve forests with too few tiles for
+    # the card, so a small table bounds the scratch memory and a large one needs none.
     has_splits = tile_count <= MAX_SPLIT_TILES
     slots = tile_count if has_splits else 0
     partial = q.new_empty((slots, kv_heads, config.block_m, head_dim), dtype=torch.float32)
@@ -388,7 +399,7 @@ def prefix_attention(
         BLOCK_D=block_d,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        INPUT_PRECISION=dot_precision(arch),
+        INPUT_PRECISION=dot_precision(arch, head_dim),
         HAS_SPLITS=has_splits,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

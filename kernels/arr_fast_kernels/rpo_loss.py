@@ -1,18 +1,28 @@
 """The RPO loss and its gradient to the predicted velocity: one pass forward, one pass backward.
 
-    mu = x_scale x + v_scale v                       log_prob = -w mean_i (x'_i - mu_i)^2 - log std - log(2 pi) / 2,  w = 1 / (2 std^2)
-    rho = exp(log_prob - log_prob_old)               policy = max(-A rho, -A clip(rho, 1 - low, 1 + high))        loss = policy + beta KL
-    KL   latent_mean    w mean_i (v_scale (v_i - v_ref_i))^2          velocity   mean_i (v_i - v_ref_i)^2
-         log_prob_diff  log_prob - log_prob_ref; the reference's term carries no gradient, so v_ref only serves the reported value
-    GRPO-Guard: rho = exp(std (log_prob - log_prob_old + w mean_i (v_scale (v_i - v_old_i))^2)),  policy / (-dt)
+    mu       = x_scale x + v_scale v
+    log_prob = -w mean_i (x'_i - mu_i)^2 - log std - log(2 pi) / 2        w = 1 / (2 std^2)
+    rho      = exp(log_prob - log_prob_old)
+    policy   = max(-A rho, -A clip(rho, 1 - low, 1 + high))               loss = policy + beta KL
+
+KL forms: latent_mean is w mean_i (v_scale (v_i - v_ref_i))^2, velocity is mean_i (v_i - v_ref_i)^2,
+log_prob_diff is log_prob - log_prob_ref, whose reference term carries no gradient: there v_ref only
+serves the reported value. GRPO-Guard, with the rollout's velocity v_old:
+
+    rho = exp(std (log_prob - log_prob_old + w mean_i (v_scale (v_i - v_old_i))^2))
+    policy is divided by -dt
+
     dv_i = g (error_scale (x'_i - mu_i) + ref_scale (v_i - v_ref_i) + old_scale (v_i - v_old_i))
 
-The three scales are per-sample numbers that the forward leaves behind, so the backward needs nothing else. `normalised=False` takes
-w = 1 and no constants in log_prob (flow_grpo's `cps`); the KL keeps its Gaussian w.
+The three scales are per-sample numbers that the forward leaves behind, so the backward needs
+nothing else. `normalised=False` takes w = 1 and no constants in log_prob (flow_grpo's `cps`); the
+KL keeps its Gaussian w.
 
-Legend: B samples, E elements of a sample, P blocks per sample. v, x, x', v_ref and v_old may be fp32, bf16 or fp16; arithmetic and sums are
-fp32. Per-block sums go to partials [3, B, P] and are added in a fixed order: no atomics, the same input gives the same bits.
-Sources: flow_grpo flow_grpo/diffusers_patch/sd3_sde_with_logprob.py (log_prob, GRPO-Guard); DESIGN of the KL forms in arr_fast.ops.rpo_loss.
+Legend: B samples, E elements of a sample, P blocks per sample. v, x, x', v_ref and v_old may be
+fp32, bf16 or fp16; arithmetic and sums are fp32. Per-block sums go to partials [3, B, P] and are
+added in a fixed order: no atomics, the same input gives the same bits.
+Sources: flow_grpo flow_grpo/diffusers_patch/sd3_sde_with_logprob.py (log_prob, GRPO-Guard); DESIGN
+of the KL forms in arr_fast.ops.rpo_loss.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ import torch
 
 
 def sample_stride(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Returns a tensor whose samples are each contiguous, and the stride between samples in elements.
+    """Returns a tensor whose samples are each contiguous, and the stride between samples in
+    elements.
 
-    A slice over tokens (the edit models' noise prediction) keeps contiguous samples and is not copied.
+    A slice over tokens (the edit models' noise prediction) keeps contiguous samples and is not
+    copied.
     """
     if not tensor[:1].is_contiguous():
         tensor = tensor.contiguous()

@@ -1,16 +1,20 @@
 """One step of a flow SDE: mean, next latents and log_prob in one pass over the latents.
 
-    mu = x_scale x + v_scale v        x' = round(mu + std eps)        log_prob = mean_i log N(x'_i; mu_i, std^2)
+    mu = x_scale x + v_scale v        x' = round(mu + std eps)
+    log_prob = mean_i log N(x'_i; mu_i, std^2)
 
-x' is rounded to its storage dtype before log_prob, so that a trainer that reads x' back finds the same value. `normalised=False`
-drops variance and constants: log_prob = mean_i -(x'_i - mu_i)^2 (flow_grpo's `cps`).
+x' is rounded to its storage dtype before log_prob, so that a trainer that reads x' back finds the
+same value. `normalised=False` drops variance and constants: log_prob = mean_i -(x'_i - mu_i)^2
+(flow_grpo's `cps`).
 
-Legend: B samples, E elements of a sample, P blocks per sample. x, v and noise may be fp32, bf16 or fp16; all arithmetic is fp32.
-The step's scalars are fp32 [B] tensors, so a compiled graph never sees a new constant. Every program sums its block's squared errors
-into partial [B, P]; `_log_prob_kernel` adds them in a fixed order (no atomics: the same input gives the same bits).
+Legend: B samples, E elements of a sample, P blocks per sample. x, v and noise may be fp32, bf16 or
+fp16; all arithmetic is fp32. The step's scalars are fp32 [B] tensors, so a compiled graph never
+sees a new constant. Every program sums its block's squared errors into partial [B, P];
+`_log_prob_kernel` adds them in a fixed order (no atomics: the same input gives the same bits).
 
-In-kernel noise is Philox-4x32-10 with key = the sample's 64-bit seed and counter = (element, 0, 0, 0); its first two words feed Box-Muller.
-Source of the rounds: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), as in triton.language.random.
+In-kernel noise is Philox-4x32-10 with key = the sample's 64-bit seed and counter = (element, 0, 0,
+0); its first two words feed Box-Muller. Source of the rounds: Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3" (SC 2011), as in triton.language.random.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
-"""Representative workloads of every kernel: what is launched, what it must compute, and what it must read and write.
+"""Representative workloads of every kernel: what is launched, what it must compute, and what it
+must read and write.
 
-A `Case` is one kernel at one shape and dtype. It knows the arguments' types (so that `aot.py` can compile it for a GPU that is absent), its
-floating-point operations, the least bytes that any implementation must move, and the bytes that ours moves, counted from what it loads
-and stores (tests count the same bytes in the interpreter). Pure Python: needs neither triton nor a GPU.
+A `Case` is one kernel at one shape and dtype. It knows the arguments' types (so that `aot.py` can
+compile it for a GPU that is absent), its floating-point operations, the least bytes that any
+implementation must move, and the bytes that ours moves, counted from what it loads and stores
+(tests count the same bytes in the interpreter). Pure Python: needs neither triton nor a GPU.
 
-Judges are Qwen3-VL 2B, 4B, 8B and 32B: (hidden, query heads, KV heads, head dim, vocabulary) of their published text configs.
-Latents are FLUX's and Qwen-Image's: 16 channels at 1/8 size, packed 2 x 2, so (pixels / 16)^2 tokens of 64 numbers for both.
+Judges are Qwen3-VL 2B, 4B, 8B and 32B: (hidden, query heads, KV heads, head dim, vocabulary) of
+their published text configs. Latents are FLUX's and Qwen-Image's: 16 channels at 1/8 size, packed 2
+x 2, so (pixels / 16)^2 tokens of 64 numbers for both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,8 +30,9 @@ from arr_fast_kernels.configs import (
     rows_per_tile,
     vocab_config,
 )
+from arr_fast_kernels.traffic import ForestShape, attention_traffic
 
-__all__ = ["MAX_SPLIT_TILES", "Case", "ForestShape", "cases", "rows_per_tile"]
+__all__ = ["MAX_SPLIT_TILES", "Case", "cases", "rows_per_tile"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # name: hidden, query heads, KV heads, head dim, vocabulary
@@ -43,35 +46,6 @@ JUDGES = {
 OTHER_HEADS = {"heads8x4-d64": (8, 4, 64), "heads8x4-d96": (8, 4, 96), "heads8x4-d256": (8, 4, 256)}
 LATENTS = {"flux-qwen-512px": 32 * 32 * 64, "flux-qwen-1024px": 64 * 64 * 64}
 SAMPLES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class ForestShape:
-    """A batch of pairs judged in both orders: text -> images (per order) -> criteria."""
-
-    pairs: int = 8
-    text: int = 64
-    images: int = 530
-    criteria: int = 20
-    criterion: int = 24
-
-    def families(self) -> Iterator[tuple[int, list[int]]]:
-        """Yields (ancestor tokens, sibling lengths) of every parent."""
-        for _ in range(self.pairs):
-            yield 0, [self.text]
-            yield self.text, [self.images, self.images]
-            for _ in range(2):
-                yield self.text + self.images, [self.criterion] * self.criteria
-
-    @property
-    def rows(self) -> int:
-        """New rows of the forest."""
-        return sum(sum(lengths) for _, lengths in self.families())
-
-    @property
-    def read_rows(self) -> int:
-        """Verdicts: one per pair, order and criterion."""
-        return self.pairs * 2 * self.criteria
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +67,8 @@ class Case:
         flops: floating-point operations, multiply and add counted apart.
         least_bytes: inputs read once and outputs written once.
         bytes: requested by the kernel's loads and stores.
-        hbm_bytes: what remains of `bytes` behind the L2 cache, under the model in `attention_traffic`.
+        hbm_bytes: what remains of `bytes` behind the L2 cache, under the model in
+            `attention_traffic`.
         reason: why the configuration is what it is.
     """
 
@@ -120,7 +95,8 @@ class Case:
 def cases(
     arch: str, dtypes: tuple[str, ...] = ("fp16", "bf16"), *, reduced: bool = False
 ) -> list[Case]:
-    """Returns every case of an architecture; `reduced` keeps the smallest judge, one other head dim and one latent size."""
+    """Returns every case of an architecture; `reduced` keeps the smallest judge, one other head dim
+    and one latent size."""
     judges = dict(list(JUDGES.items())[:1]) if reduced else JUDGES
     others = {} if reduced else OTHER_HEADS
     latents = dict(list(LATENTS.items())[:1]) if reduced else LATENTS
@@ -135,44 +111,6 @@ def cases(
         for name, elements in latents.items():
             found += latent_cases(arch, dtype, name, elements)
     return found
-
-
-def attention_traffic(
-    forest: ForestShape, query_heads: int, kv_heads: int, head_dim: int, arch: str, itemsize: int
-) -> dict[str, float]:
-    """Counts a forest's tiles, operations and bytes.
-
-    L2 model for `hbm_bytes`: tiles of one parent are neighbours in the launch order, so a parent's path is fetched from HBM once
-    per KV head where its keys and values for one head fit half of a 40 MiB L2 (A100, the smallest), and once per tile otherwise.
-
-    Returns:
-        tiles, tile_limit (sum over parents of ceil(rows group / BLOCK_M)), flops, requested and hbm key/value bytes, path_bytes
-        (tiles times the path of each), query_bytes (queries and outputs), and least_bytes (every row of q, k, v, out once).
-    """
-    group = query_heads // kv_heads
-    block_m = attention_config(arch, head_dim, torch.bfloat16).block_m
-    rows_of_tile = rows_per_tile(group, head_dim, arch)
-    pair_bytes = 2 * head_dim * itemsize  # one key and one value of one head
-    totals = dict.fromkeys(("tiles", "tile_limit", "flops", "requested", "hbm", "path_bytes"), 0.0)
-    for ancestors, lengths in forest.families():
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        rows = sum(lengths)
-        totals["tile_limit"] += math.ceil(rows * group / block_m)
-        visible = sum(ancestors * n + n * (n + 1) / 2 for n in lengths)
-        totals["flops"] += 4 * visible * query_heads * head_dim
-        fits = ancestors * pair_bytes <= 20 * 2**20
-        totals["hbm"] += kv_heads * pair_bytes * (ancestors if fits else 0)
-        for first in range(0, rows, rows_of_tile):
-            end = min(first + rows_of_tile, rows)
-            own = end - max(start for start in starts if start <= first)
-            totals["tiles"] += 1
-            totals["requested"] += kv_heads * pair_bytes * (ancestors + own)
-            totals["path_bytes"] += kv_heads * pair_bytes * (ancestors + own)
-            totals["hbm"] += kv_heads * pair_bytes * (own + (0 if fits else ancestors))
-    query_bytes = 2.0 * forest.rows * query_heads * head_dim * itemsize
-    totals["query_bytes"] = query_bytes
-    totals["least_bytes"] = query_bytes + forest.rows * kv_heads * pair_bytes
-    return totals
 
 
 def attention_case(
@@ -204,7 +142,7 @@ def attention_case(
             "BLOCK_D": padded_head_dim(head_dim),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "INPUT_PRECISION": dot_precision(arch),
+            "INPUT_PRECISION": dot_precision(arch, head_dim),
             "HAS_SPLITS": True,
         },
         num_warps=config.num_warps,
@@ -257,7 +195,8 @@ def merge_case(arch: str, dtype: str, query_heads: int, kv_heads: int, head_dim:
 
 
 def head_cases(arch: str, dtype: str, name: str, hidden: int, vocab: int) -> list[Case]:
-    """The verdict head's three kernels at the standard forest's read rows, 4 label rows in 2 labels."""
+    """The verdict head's three kernels at the standard forest's read rows, 4 label rows in 2
+    labels."""
     rows, label_rows, labels = ForestShape().read_rows, 4, 2
     itemsize = DTYPES[dtype].itemsize
     config = vocab_config(arch, rows, DTYPES[dtype])
@@ -360,7 +299,8 @@ def head_cases(arch: str, dtype: str, name: str, hidden: int, vocab: int) -> lis
 
 
 def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
-    """`sde_step` with given and drawn noise, and `rpo_loss` with a latent-mean KL: B = 16, x and v in `dtype`."""
+    """`sde_step` with given and drawn noise, and `rpo_loss` with a latent-mean KL: B = 16, x and v
+    in `dtype`."""
     config = elementwise_config(arch)
     itemsize = DTYPES[dtype].itemsize
     numbers = SAMPLES * elements

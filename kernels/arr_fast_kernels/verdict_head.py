@@ -1,16 +1,22 @@
 """Final norm, label logits and optional log-sum-exp over the vocabulary: logits are never written.
 
     x = hidden * rsqrt(mean(hidden^2) + eps) * (weight | 1 + weight)
-    label[l] = log sum_{r in label l} exp(<x, label_row[r]>)             vocab = log sum_v exp(<x, vocab_row[v]>)
+    label[l] = log sum_{r in label l} exp(<x, label_row[r]>)
+    vocab    = log sum_v exp(<x, vocab_row[v]>)
 
-Legend: N read rows, H hidden size, R label rows (token variants), L labels, V vocabulary, S vocabulary parts.
+Legend: N read rows, H hidden size, R label rows (token variants), L labels, V vocabulary, S
+vocabulary parts.
 
-`_label_kernel` reads a row of hidden once: the norm's factor is one number per row, so the dot products run over unnormed values and
-are scaled at the end, in fp32 throughout. With a vocabulary it also leaves the normed row [N, H] in hidden's dtype for
-`_vocab_kernel`, a GEMM whose epilogue keeps one online (max, sum) per row over a fixed part of the vocabulary, and
-`_vocab_merge_kernel` combines the S parts. A part is a fixed number of tokens, so a row's result does not depend on its batch.
-Limits: R <= 64, H any. Memory beyond inputs and outputs: N H elements and 8 N S bytes, S = V / 512; never N V.
-Idea: cut-cross-entropy (arXiv 2411.09009) without its backward; indexed dot and log-sum-exp kept apart as there.
+`_label_kernel` reads a row of hidden once: the norm's factor is one number per row, so the dot
+products run over unnormed values and are scaled at the end, in fp32 throughout. With a vocabulary
+it also leaves the normed row [N, H] in hidden's dtype for `_vocab_kernel`, a GEMM whose epilogue
+keeps one online (max, sum) per row over a fixed part of the vocabulary, and `_vocab_merge_kernel`
+combines the S parts. A part is a fixed number of tokens, so a row's result does not depend on its
+batch.
+Limits: R <= 64, H any. Memory beyond inputs and outputs: N H elements and 8 N S bytes, S = V / 512;
+never N V.
+Idea: cut-cross-entropy (arXiv 2411.09009) without its backward; indexed dot and log-sum-exp kept
+apart as there.
 """
 
 from __future__ import annotations
@@ -125,7 +131,8 @@ def _vocab_kernel(
     PART: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """BLOCK_N rows against one part of the vocabulary; row tiles run fastest, so a part stays in L2 for all of them."""
+    """BLOCK_N rows against one part of the vocabulary; row tiles run fastest, so a part stays in L2
+    for all of them."""
     row_tile = tl.program_id(0)
     part = tl.program_id(1)
     row_N = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -154,7 +161,8 @@ def _vocab_kernel(
             logits_NV = tl.dot(x_NH, w_VH.T, logits_NV, input_precision=INPUT_PRECISION)
         logits_NV = tl.where(is_token_V[None, :], logits_NV, float("-inf"))
         tile_max_N = tl.maximum(running_max_N, tl.max(logits_NV, 1))
-        # Only a tile wholly past the vocabulary leaves -inf here; subtracting 0 there avoids inf - inf.
+        # Only a tile wholly past the vocabulary leaves -inf here; subtracting 0 there avoids inf -
+        # inf.
         safe_max_N = tl.where(tile_max_N == float("-inf"), 0.0, tile_max_N)
         tile_sum_N = tl.sum(tl.exp(logits_NV - safe_max_N[:, None]), 1)
         running_sum_N = running_sum_N * tl.exp(running_max_N - safe_max_N) + tile_sum_N
@@ -208,12 +216,14 @@ def verdict_head(
         eps: RMSNorm epsilon.
         unit_offset: the weight is 1 + norm_weight.
         label_rows: [R, H] gathered output-embedding rows, R <= 64.
-        label_ptr: i32 [L + 1]; rows label_ptr[l] .. label_ptr[l + 1] - 1 are the variants of label l.
+        label_ptr: i32 [L + 1]; rows label_ptr[l] .. label_ptr[l + 1] - 1 are the variants of label
+            l.
         vocab_weight: [V, H], or [0, H] when no log-sum-exp over the vocabulary is asked for.
         config: vocabulary block sizes; None takes the shipped ones for this device and N.
 
     Returns:
-        (label logits fp32 [N, L], log-sum-exp over the vocabulary fp32 [N], or [0] when not asked for).
+        (label logits fp32 [N, L], log-sum-exp over the vocabulary fp32 [N], or [0] when not asked
+        for).
 
     Raises:
         ValueError: label_rows has more than 64 rows.

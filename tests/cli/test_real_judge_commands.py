@@ -103,6 +103,22 @@ def test_demo_counts_forwards_and_compares_with_separate_calls(folder):
     assert page.count("<article>") == 2 and page.count("<li>") == 10
 
 
+def test_bench_judge_writes_its_rows(tmp_path):
+    report, table = tmp_path / "bench.json", tmp_path / "bench.csv"
+    result = call(
+        "bench", "judge", "--model", MODEL, "--workload", "smoke", "--engines", "ours,transformers",
+        "--repeats", 1, "--no-memory", "--json", report, "--csv", table,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["ours", "transformers"]
+    assert [row["gate"] for row in rows] == ["passed", "reference"]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert len(table.read_text().splitlines()) == 3
+    result = call("bench", "judge", "--engines", "nope")
+    assert result.exit_code == 1 and "unknown engine 'nope'" in result.stderr
+
+
 def test_demo_on_the_bundled_judge(tmp_path):
     html, report = tmp_path / "demo.html", tmp_path / "demo.json"
     result = call("demo", "--html", html, "--json", report)

@@ -7,10 +7,11 @@ import numpy as np
 from arr_fast.images import CanonicalImage, to_image
 from arr_fast.rubric import Criterion, Rubric
 
-WORDS = (
-    "the image shows every object named in caption with correct colour size count position sharp "
-    "clear natural light shadow background texture edges faces hands text style balance contrast"
-).split()
+WORDS = [
+    *("the", "image", "shows", "every", "object", "named", "caption", "with", "correct", "colour"),
+    *("size", "count", "position", "sharp", "clear", "natural", "light", "shadow", "background"),
+    *("texture", "edges", "faces", "hands", "text", "style", "balance", "contrast"),
+]
 
 
 def image(height: int, width: int, seed: int) -> CanonicalImage:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arr_fast.engine import engine as engine_module
 from arr_fast.engine.families import QwenVLAdapter
 from arr_fast.engine.model import load_model
+from arr_fast.engine.packed_linear import PackedLinear
 from arr_fast.errors import ArrFastError, PromptTooLongError, UnsupportedModelError
 from arr_fast.images import to_image
 from arr_fast.judge import Judge
@@ -288,7 +288,7 @@ def test_label_mass_is_the_share_of_the_vocabulary(judge: Judge) -> None:
     from arr_fast.replay import Replayer
 
     verdicts = judge.compare(["x"], [A], [B], scenes.rubric(3), orders="AB", label_mass=True)
-    replayer = Replayer.from_pretrained(judge.engine.loaded.path, dtype="float32")
+    replayer = Replayer.from_pretrained(judge.engine.loaded.path)
     traces = judge.trace(["x"], [A], [B], scenes.rubric(3), orders="AB")
     assert verdicts.label_mass is not None
     expected = [replayer.label_mass(trace) for trace in traces]
@@ -338,7 +338,10 @@ def test_bad_engine_options_are_refused(option: str) -> None:
 
 
 def test_prepacked_weights_change_nothing(judge: Judge) -> None:
-    assert engine_module.linear_bytes(judge.engine.adapter.layers) == 0
     plain = Judge.from_pretrained(MODEL, device="cpu", prepack=False)
-    assert engine_module.linear_bytes(plain.engine.adapter.layers) > 0
+    packed = [
+        sum(isinstance(module, PackedLinear) for module in each.engine.adapter.layers.modules())
+        for each in (judge, plain)
+    ]
+    assert packed == [7 * 2, 0]
     np.testing.assert_allclose(preference(plain), preference(judge), atol=1e-4)

@@ -57,9 +57,7 @@ def test_an_adapter_is_merged(adapter_directory: Path) -> None:
     adapted = Judge.from_pretrained(MODEL, device="cpu", adapter=adapter_directory)
     assert np.abs(verdicts(adapted) - verdicts(plain)).max() > 1e-2
     assert adapted.engine.loaded.revision.startswith(plain.engine.loaded.revision + "+")
-    replayer = Replayer.from_pretrained(
-        resolve_model(MODEL), dtype="float32", adapter=adapter_directory
-    )
+    replayer = Replayer.from_pretrained(resolve_model(MODEL), adapter=adapter_directory)
     for trace in adapted.trace(["a caption"], [A], [B], scenes.rubric(4)):
         assert abs(replayer.log_odds(trace) - trace.log_odds) <= 1e-4
 
@@ -70,7 +68,7 @@ def test_int8_weights_keep_most_verdicts() -> None:
     args = (["x", "y"], [A, B], [B, A], scenes.rubric(20))
     reference, got = (judge.compare(*args).preference for judge in (exact, small))
     clear = np.abs(reference) > np.std(reference) / 4
-    assert 0 < np.abs(got - reference).max()
+    assert np.abs(got - reference).max() > 0
     assert (np.sign(got) == np.sign(reference))[clear].mean() >= 0.9
     assert small.compare(*args).provenance.settings["quantization"] == "int8"
     with pytest.raises(ArrFastError, match="quantised judge cannot be updated"):
@@ -95,7 +93,7 @@ def test_compiled_equals_eager_and_lengths_share_graphs() -> None:
 def test_bfloat16_verdicts_are_as_good_as_plain_bfloat16() -> None:
     exact = Judge.from_pretrained(MODEL, device="cpu", dtype="float32")
     half = Judge.from_pretrained(MODEL, device="cpu", dtype="bfloat16")
-    plain = Replayer.from_pretrained(resolve_model(MODEL), dtype="bfloat16")
+    plain = Replayer.from_pretrained(resolve_model(MODEL), dtype=torch.bfloat16)
     args = (["a caption"], [A], [B], scenes.rubric(20))
     truth = np.array([t.log_odds for t in exact.trace(*args)])
     traces = half.trace(*args)

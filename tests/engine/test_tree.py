@@ -61,8 +61,8 @@ def test_with_min_shared_one_the_tree_is_the_trie(ids: list[list[int]]) -> None:
 
 def test_short_shared_runs_are_copied_and_long_ones_kept() -> None:
     stem = list(range(100, 130))
-    ids = [stem + [1, 2, 3, 10 + i] for i in range(3)] + [stem + list(range(50, 70)) + [7]]
-    ids.append(stem + list(range(50, 70)) + [8])
+    longer = [*stem, *range(50, 70)]
+    ids = [[*stem, 1, 2, 3, 10 + i] for i in range(3)] + [[*longer, 7], [*longer, 8]]
     tree = build_tree([sequence(s) for s in ids], min_shared=16)
     root = tree.segments[tree.roots[0]]
     lengths = sorted(len(tree.segments[c]) for c in root.children)

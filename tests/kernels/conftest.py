@@ -1,4 +1,5 @@
-"""Kernel tests: uninitialised memory is poisoned, so that a kernel that leaves part of its output unwritten fails."""
+"""Kernel tests: uninitialised memory is poisoned, so that a kernel that leaves part of its output
+unwritten fails."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Random packed forests for the attention tests, with a visibility mask built from the definition alone.
+"""Random packed forests for the attention tests, with a visibility mask built from the definition
+alone.
 
-The tables (own_start, runs, tiles) and the dense mask come from separate code: the mask enumerates, token by token, every ancestor
-and the earlier rows of the own segment, and never reads a run or a tile.
+The tables (own_start, runs, tiles) and the dense mask come from separate code: the mask enumerates,
+token by token, every ancestor and the earlier rows of the own segment, and never reads a run or a
+tile.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def pack(
     padding_tiles: int = 0,
     pool_gap: int = 3,
 ) -> Forest:
-    """Lays trees out breadth-first and cuts tiles; `split_tokens` cuts each tile's ancestors into parts of that many tokens."""
+    """Lays trees out breadth-first and cuts tiles; `split_tokens` cuts each tile's ancestors into
+    parts of that many tokens."""
     row = 0
     pool_row = pool_gap
     runs: list[tuple[int, int, int]] = []
@@ -166,7 +169,8 @@ def draw_tensors(
     seed: int,
     sharpness: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """Draws q, k, v, k_pool, v_pool; every row that no segment owns is NaN, so reading one shows."""
+    """Draws q, k, v, k_pool, v_pool; every row that no segment owns is NaN, so reading one
+    shows."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:

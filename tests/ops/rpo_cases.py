@@ -1,7 +1,7 @@
 """Inputs and fp64 oracles for sde_step and rpo_loss, written from the published formulas.
 
-The oracles use the repositories' own forms (flow_grpo's and DanceGRPO's means, autograd through the eager
-loss), not the two coefficients or the gradient scales of the implementation.
+The oracles use the repositories' own forms (flow_grpo's and DanceGRPO's means, autograd through the
+eager loss), not the two coefficients or the gradient scales of the implementation.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def published_loss(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Eager loss and its autograd gradient to v.
 
-    With dtype float64 this is the oracle; with a lower one it is the eager rival of the error-relative rule.
+    With dtype float64 this is the oracle; with a lower one it is the eager rival of the
+    error-relative rule.
     """
     t = {k: x.to(dtype) if torch.is_tensor(x) else x for k, x in inputs.items()}
     v = t["v"].detach().clone().requires_grad_()

@@ -1,4 +1,5 @@
-"""What every impl of sde_step and rpo_loss must satisfy; run for torch and reference here, for triton in tests/kernels/interpret."""
+"""What every impl of sde_step and rpo_loss must satisfy; run for torch and reference here, for
+triton in tests/kernels/interpret."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def coefficients_of(kind: str, batch: int) -> StepCoefficients:
 def check_step(
     impl: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype, *, normalised: bool = True
 ) -> None:
-    """x' within one rounding of the published formula; log_prob that of x' as stored, to fp32 precision."""
+    """x' within one rounding of the published formula; log_prob that of x' as stored, to fp32
+    precision."""
     x, v, noise = draw_latents(shape, dtype, 7, 3)
     step = coefficients_of(kind, shape[0])
     given = None if kind == "ode" else noise

@@ -1,7 +1,9 @@
-"""flash-attn and xFormers backends against the fp64 reference, over stand-ins with the packages' own signatures.
+"""flash-attn and xFormers backends against the fp64 reference, over stand-ins with the packages'
+own signatures.
 
-The packages need a GPU. The stand-ins refuse what the real functions refuse (dtypes, layouts, unknown keywords) and compute
-what their documentation says, so these tests hold our calls, layouts and merges, not the packages' kernels.
+The packages need a GPU. The stand-ins refuse what the real functions refuse (dtypes, layouts,
+unknown keywords) and compute what their documentation says, so these tests hold our calls, layouts
+and merges, not the packages' kernels.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ def flash_attn_varlen_func(
 ):
     """Stand-in with the signature of flash_attn 2.7 and 2.8 (flash_attn/flash_attn_interface.py).
 
-    Documented there: out (total, nheads, headdim) in the input dtype; softmax_lse (nheads, total_q), natural log; causal is
-    aligned to the bottom right.
+    Documented there: out (total, nheads, headdim) in the input dtype; softmax_lse (nheads,
+    total_q), natural log; causal is aligned to the bottom right.
     """
     assert q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
     assert all(t.ndim == 3 and t.stride(-1) == 1 for t in (q, k, v))
@@ -84,7 +86,8 @@ def memory_efficient_attention_partial(
 ) -> tuple[Tensor, Tensor]:
     """Stand-in with the signature of xFormers 0.0.35 (xformers/ops/fmha/__init__.py), no bias.
 
-    [B, M, G, H, K] in, out in `output_dtype`, lse [B, G, H, M]: natural log, float64 for float32 outputs as in its split-K kernel.
+    [B, M, G, H, K] in, out in `output_dtype`, lse [B, G, H, M]: natural log, float64 for float32
+    outputs as in its split-K kernel.
     """
     assert query.ndim == key.ndim == 5 and query.shape[2:4] == key.shape[2:4]
     assert query.dtype in (torch.float16, torch.bfloat16) and attn_bias is None
@@ -114,10 +117,10 @@ def merge_attentions(
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     flash = types.ModuleType("flash_attn")
-    flash.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    vars(flash)["flash_attn_varlen_func"] = flash_attn_varlen_func
     fmha = types.ModuleType("xformers.ops.fmha")
-    fmha.memory_efficient_attention_partial = memory_efficient_attention_partial  # type: ignore[attr-defined]
-    fmha.merge_attentions = merge_attentions  # type: ignore[attr-defined]
+    vars(fmha)["memory_efficient_attention_partial"] = memory_efficient_attention_partial
+    vars(fmha)["merge_attentions"] = merge_attentions
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", types.ModuleType("xformers.ops"))
@@ -130,7 +133,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.usefixtures("stand_ins")
 def test_random_forests(impl: str, dtype: torch.dtype, heads: tuple[int, int], seed: int) -> None:
-    """err <= err(eager in the same dtype) + 2 eps max |v|: partials are rounded once more before the merge."""
+    """err <= err(eager in the same dtype) + 2 eps max |v|: partials are rounded once more before
+    the merge."""
     rng = random.Random(seed)
     trees = [
         random_nodes(rng, depth=3, max_children=3, max_length=20, cached=seed % 2 == 0)

@@ -1,4 +1,5 @@
-"""rpo_loss: values, gradients, schema and compilation; Triton runs the same checks in tests/kernels/interpret."""
+"""rpo_loss: values, gradients, schema and compilation; Triton runs the same checks in
+tests/kernels/interpret."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def test_log_prob_diff_needs_no_reference_for_its_gradient(impl: str) -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_gradient_stops_where_the_clip_binds(sign: float) -> None:
-    """A > 0 and rho above the range, or A < 0 and rho below it: no gradient; the other two keep it."""
+    """A > 0 and rho above the range, or A < 0 and rho below it: no gradient; the other two keep
+    it."""
     inputs = rpo_inputs((2, 400), torch.float32, 5, kind="sde")
     rewarding = torch.full((2,), sign)
     shift = torch.tensor([-1.0, 1.0])  # rho about e and 1/e
@@ -61,7 +63,8 @@ def test_gradient_stops_where_the_clip_binds(sign: float) -> None:
 
 
 def test_unchanged_policy_has_ratio_one() -> None:
-    """The rollout's sde_step and the loss agree bit for bit on log_prob, in fp32 and in bf16 storage."""
+    """The rollout's sde_step and the loss agree bit for bit on log_prob, in fp32 and in bf16
+    storage."""
     from arr_fast.ops.sde_step import sde_step
 
     for dtype in (torch.float32, torch.bfloat16):

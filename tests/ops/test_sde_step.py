@@ -34,7 +34,8 @@ def test_cps_unnormalised() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_coefficients_are_the_published_means(kind: str) -> None:
-    """mu = x_scale x + v_scale v is each repository's mean, to fp32 rounding of the coefficients."""
+    """mu = x_scale x + v_scale v is each repository's mean, to fp32 rounding of the
+    coefficients."""
     x, v = (t.double() for t in draw_latents((3, 500), torch.float32, 2, 2))
     step = coefficients_of(kind, 3)
     mean, std = published_step(kind, x, v, *sigmas(3))
@@ -82,7 +83,8 @@ def test_philox_known_answer() -> None:
 
 
 def test_seeded_noise() -> None:
-    """One seed per sample: the same seed gives the same sample in any batch; normals look normal."""
+    """One seed per sample: the same seed gives the same sample in any batch; normals look
+    normal."""
     x, v = torch.zeros(3, 40_000), torch.zeros(3, 40_000)
     step = StepCoefficients(*(torch.ones(3) for _ in range(3)), dt=-torch.ones(3))
     seed = torch.tensor([5, 2**40 + 1, 5])

@@ -63,7 +63,7 @@ def test_without_label_mass_the_vocabulary_is_not_touched() -> None:
 
 
 def test_low_precision_is_as_good_as_eager() -> None:
-    x, norm, weight, ptr = case(dtype=torch.bfloat16)
+    x, norm, weight, _ = case(dtype=torch.bfloat16)
     exact = full_logits(x, norm, weight, False)[:, :4]
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS)

@@ -1,4 +1,5 @@
-"""The Triton `rpo_loss` under the interpreter: the checks of every impl, forward and backward, and opcheck."""
+"""The Triton `rpo_loss` under the interpreter: the checks of every impl, forward and backward, and
+opcheck."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The Triton `sde_step` under the interpreter: the checks of every impl, and its generator against Philox in PyTorch."""
+"""The Triton `sde_step` under the interpreter: the checks of every impl, and its generator against
+Philox in PyTorch."""
 
 from __future__ import annotations
 

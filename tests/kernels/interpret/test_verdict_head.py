@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,14 +17,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["
 def full_logits(
     arguments: dict[str, Tensor], eps: float, unit_offset: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Label and vocabulary log-sum-exps through full logits [N, V] computed in `dtype`, as a language model head does."""
+    """Label and vocabulary log-sum-exps through full logits [N, V] computed in `dtype`, as a
+    language model head does."""
     hidden = arguments["hidden"].to(torch.float64 if dtype == torch.float64 else torch.float32)
     weight = arguments["norm_weight"].to(hidden.dtype) + (1.0 if unit_offset else 0.0)
     normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps) * weight
     normed = normed.to(dtype)
     logits = (normed @ arguments["label_rows"].to(dtype).T).to(hidden.dtype)
     ptr = arguments["label_ptr"].tolist()
-    labels = [logits[:, a:b].logsumexp(-1) for a, b in zip(ptr[:-1], ptr[1:], strict=True)]
+    labels = [logits[:, a:b].logsumexp(-1) for a, b in pairwise(ptr)]
     vocab = (normed @ arguments["vocab_weight"].to(dtype).T).to(hidden.dtype).logsumexp(-1)
     return torch.stack(labels, -1), vocab
 
@@ -44,10 +48,17 @@ def draw(
     }
 
 
-def check(arguments: dict[str, Tensor], *, eps: float = 1e-6, unit_offset: bool = False) -> None:
-    """err(kernel, fp64) <= err(eager in the same dtype, fp64) + 16 fp32 eps of the largest logit."""
+def check(
+    arguments: dict[str, Tensor],
+    *,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    launch: Callable[..., tuple[Tensor, Tensor]] = verdict_head,
+) -> None:
+    """err(kernel, fp64) <= err(eager in the same dtype, fp64) + 16 fp32 eps of the largest
+    logit."""
     asked = arguments["vocab_weight"].shape[0] > 0
-    got = verdict_head(**arguments, eps=eps, unit_offset=unit_offset)
+    got = launch(**arguments, eps=eps, unit_offset=unit_offset)
     exact = full_logits(arguments, eps, unit_offset, torch.float64)
     eager = full_logits(arguments, eps, unit_offset, arguments["hidden"].dtype)
     assert got[0].dtype == torch.float32 and got[1].shape == ((len(exact[0]),) if asked else (0,))

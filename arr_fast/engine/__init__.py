@@ -1,0 +1,1 @@
+"""The engine: prefix trees packed into one ragged forward over transformers' own layers."""

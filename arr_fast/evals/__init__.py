@@ -1,0 +1,1 @@
+"""How good a judge is: accuracy, position bias and calibration on labelled data."""

@@ -1,0 +1,3 @@
+"""Short adapters between a judge and the training loops that people already run."""
+
+from __future__ import annotations

@@ -1,0 +1,109 @@
+"""`arr-fast serve`: one judge behind HTTP."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from arr_fast.cli import options as opt
+from arr_fast.cli.options import err_console
+from arr_fast.errors import MissingDependencyError
+
+RewardModeChoice = Literal["point", "group"]
+ENVIRONMENT_TOKEN = "ARR_FAST_TOKEN"
+
+
+def serve(
+    model: opt.Model = opt.BUILTIN,
+    rubric: opt.RubricName = None,
+    host: Annotated[str, typer.Option(help="Address; loopback unless told otherwise.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8077,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar=ENVIRONMENT_TOKEN, help="Bearer token that clients must send."),
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Estimated tokens per call of the judge.")
+    ] = None,
+    max_wait_ms: Annotated[
+        float | None, typer.Option(min=0.0, help="Wait for company, in milliseconds.")
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(min=1, help="Requests that may wait; others get 429.")
+    ] = None,
+    max_body_mb: Annotated[int | None, typer.Option(min=1, help="Longest body, in MiB.")] = None,
+    allow_url: Annotated[
+        list[str] | None,
+        typer.Option(help="Prefix of image URLs that may be fetched; repeatable. None by default."),
+    ] = None,
+    reward_mode: Annotated[
+        RewardModeChoice,
+        typer.Option(help="Reward protocols: point, or group (images that share a prompt)."),
+    ] = "point",
+    pickle: Annotated[
+        bool, typer.Option("--pickle", help="Serve flow_grpo's pickle protocol, on loopback.")
+    ] = False,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that accepted requests get after SIGTERM.")
+    ] = 60.0,
+    revision: opt.Revision = None,
+    adapter: opt.Adapter = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    impl: opt.Impl = "auto",
+    quantization: opt.Quantization = "none",
+) -> None:
+    """Serve a judge over HTTP; API documentation at /docs."""
+    with opt.one_line_errors():
+        try:
+            from arr_fast.serve.server import make_server
+        except ImportError as error:
+            if error.name not in ("fastapi", "uvicorn", "prometheus_client", "msgpack", "h11"):
+                raise
+            raise MissingDependencyError(str(error.name), "serve") from error
+        from arr_fast.serve.settings import ServeSettings
+
+        given: dict[str, Any] = {
+            "max_batch_tokens": max_batch_tokens,
+            "max_wait_ms": max_wait_ms,
+            "max_queued_requests": max_queue,
+            "max_body_bytes": None if max_body_mb is None else max_body_mb << 20,
+        }
+        settings = ServeSettings(
+            host=host,
+            port=port,
+            token=token,
+            rubric=_rubric(rubric),
+            url_prefixes=tuple(allow_url or ()),
+            reward_mode=reward_mode,
+            pickle=pickle,
+            drain_timeout_s=drain_timeout,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        judge = opt.load_judge(
+            model,
+            revision=revision,
+            adapter=adapter,
+            dtype=dtype,
+            device=device,
+            impl=impl,
+            quantization=quantization,
+        )
+        err_console.print(f"serving [bold]{escape(model)}[/] at http://{host}:{port} (docs: /docs)")
+        make_server(judge, settings).run()
+
+
+def _rubric(name: str | None) -> Any:
+    """A rubric from a file or the package; None for the packaged default of each task."""
+    from arr_fast.rubric import Rubric
+
+    if name is None:
+        return None
+    return Rubric.load(name) if Path(name).suffix else Rubric.builtin(name)

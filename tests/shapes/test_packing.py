@@ -1,0 +1,133 @@
+"""Packed branches against plain transformers forwards, path by path."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from arr_fast.shapes.branch_attention import Group
+from arr_fast.shapes.forward import VisionForward, decode, patchify
+from arr_fast.shapes.model import build_model, image_processor
+from arr_fast.shapes.packing import RowPacker
+from arr_fast.shapes.pairs import sample_edit_pair, sample_pair
+from arr_fast.shapes.render import render
+from arr_fast.shapes.rows import BatchMaker
+from arr_fast.shapes.tokenizer import build_tokenizer
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """A model with live deepstack, and one packed row of a pair, an edit and single pictures."""
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed=1).eval()
+    for merger in model.model.visual.deepstack_merger_list:
+        torch.nn.init.normal_(merger.linear_fc2.weight, std=0.05)
+    maker = BatchMaker(tokenizer)
+    rng = np.random.default_rng(6)
+    packer = RowPacker(700)
+    packer.new_row()
+    images, trees = [], []
+    for sampler in (sample_pair, sample_edit_pair):
+        example = sampler(rng, "train", 6)
+        trees.append(maker.pair_tree(example, len(images)))
+        sources = [render(example.source)] if example.source else []
+        images += [*sources, *(render(s) for s in example.scenes)]
+    asked = [("colour", c.text, c.truths[0]) for c in example.criteria]
+    trees.append(maker.point_tree("t2i", "a ring", asked, len(images)))
+    images.append(render(example.scenes[0]))
+    for tree in trees:
+        assert packer.add(tree) == len(tree.paths)
+    return model, images, trees, packer.finish()
+
+
+def plain_ends(model, images, trees) -> list[torch.Tensor]:
+    """Last hidden state of every verdict path, each read alone by transformers."""
+    model.config.text_config._attn_implementation = "sdpa"
+    ends = []
+    for tree in trees:
+        pictures = [images[i] for i in tree.pictures]
+        inputs = image_processor()(images=pictures, return_tensors="pt")
+        for path, verdict in zip(tree.paths, tree.verdicts, strict=True):
+            if verdict is None:
+                continue
+            ids = torch.from_numpy(path.ids)[None]
+            with torch.no_grad():
+                out = model.model(
+                    input_ids=ids,
+                    pixel_values=inputs["pixel_values"],
+                    image_grid_thw=inputs["image_grid_thw"],
+                    mm_token_type_ids=(ids == model.config.image_token_id).int(),
+                )
+            ends.append(out.last_hidden_state[0, -1])
+    return ends
+
+
+def packed_ends(model, images, batch, groups) -> list[torch.Tensor]:
+    with torch.no_grad():
+        features = VisionForward(model)(patchify(images))
+        states = decode(model, batch.ids, batch.positions, groups, batch.feature, features, 2)
+    return [states.final[row, at] for row, at in batch.verdict_at.tolist()]
+
+
+def test_packed_branches_equal_plain_forwards(setting):
+    model, images, trees, batch = setting
+    plain = plain_ends(model, images, trees)
+    packed = packed_ends(model, images, batch, batch.groups)
+    assert len(plain) == len(packed) >= 15
+    for one, other in zip(plain, packed, strict=True):
+        assert (one - other).abs().max() < TOLERANCE
+
+
+def test_a_mask_that_hides_one_prefix_token_is_seen(setting):
+    model, images, trees, batch = setting
+    verdicts = batch.groups[1]
+    mask = verdicts.mask.clone()
+    mask[..., 40] = -1e9
+    wrong = (batch.groups[0], Group(verdicts.queries, verdicts.keys, mask, verdicts.shape))
+    plain = plain_ends(model, images, trees)
+    packed = packed_ends(model, images, batch, (*wrong, *batch.groups[2:]))
+    assert max((a - b).abs().max() for a, b in zip(plain, packed, strict=True)) > 100 * TOLERANCE
+
+
+def test_vision_as_a_dense_batch_equals_the_tower(setting):
+    model, images, _, _ = setting
+    sized = [*images, images[0].resize((256, 256)), images[0].resize((96, 96))]
+    inputs = image_processor()(images=sized, return_tensors="pt")
+    patches = patchify(sized)
+    assert (patches.flatten(0, 1) - inputs["pixel_values"]).abs().max() < 1e-6
+    with torch.no_grad():
+        dense = VisionForward(model)(patches)
+        plain = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    assert (torch.cat(list(plain.pooler_output)) - dense.merged.flatten(0, 1)).abs().max() < 1e-5
+    for level, features in zip(plain.deepstack_features, dense.deepstack, strict=True):
+        assert (torch.cat(list(level)) - features.flatten(0, 1)).abs().max() < 1e-4
+
+
+def test_gradients_reach_words_tower_and_deepstack(setting):
+    model, images, _, batch = setting
+    features = VisionForward(model)(patchify(images))
+    states = decode(model, batch.ids, batch.positions, batch.groups, batch.feature, features, 2)
+    row, at = batch.verdict_at.T
+    states.final[row, at].square().sum().backward()
+    visual = model.model.visual
+    for weight in (
+        model.get_input_embeddings().weight,
+        visual.patch_embed.proj.weight,
+        visual.deepstack_merger_list[0].linear_fc2.weight,
+        model.model.language_model.layers[0].self_attn.k_proj.weight,
+    ):
+        assert weight.grad is not None and weight.grad.abs().max() > 0
+    model.zero_grad()
+
+
+def test_a_branch_that_does_not_fit_is_left_out(setting):
+    _, _, trees, _ = setting
+    packer = RowPacker(trees[0].prefix + 40)
+    packer.new_row()
+    fitted = packer.add(trees[0])
+    assert 0 < fitted < len(trees[0].paths)
+    with pytest.raises(ValueError, match="exceeds"):
+        packer.add(trees[0])

@@ -1,0 +1,119 @@
+"""Training: resumes to the bit, learns, and its curve has no rows of lost steps."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from arr_fast.shapes import train_judge
+from arr_fast.shapes.optimise import orthogonalise
+from arr_fast.shapes.run_state import Curve, load_state, save_state
+from arr_fast.shapes.train_judge import Interrupted, Plan, work
+from arr_fast.shapes.workers import start
+
+TINY = Plan(
+    seed=3,
+    vision_steps=2,
+    vision_batch=3,
+    judge_steps=4,
+    judge_rows=1,
+    workers=1,
+    every=1,
+    vision_check=8,
+    judge_check=8,
+)
+
+
+def train(out: Path, plan: Plan, resume: bool) -> None:
+    start(work, 1, out / "meeting", out, plan, resume)
+
+
+def test_a_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, monkeypatch):
+    train(tmp_path / "straight", TINY, False)
+    original, calls = train_judge.average_gradients, []
+
+    def stopping(parameters, flags):
+        calls.append(1)
+        flags = [*flags[:-1], 1.0] if len(calls) in (1, 4) else flags
+        return original(parameters, flags)
+
+    monkeypatch.setattr(train_judge, "average_gradients", stopping)
+    with pytest.raises(Interrupted, match="step 1 of vision"):
+        train(tmp_path / "broken", TINY, False)
+    with pytest.raises(Interrupted, match="step 2 of judge"):
+        train(tmp_path / "broken", TINY, True)
+    train(tmp_path / "broken", TINY, True)
+    one, two = (load_state(tmp_path / n / "state.pt") for n in ("straight", "broken"))
+    assert (one["stage"], one["step"]) == (two["stage"], two["step"]) == ("judge", 4)
+    for name, weight in one["model"].items():
+        assert torch.equal(weight, two["model"][name]), name
+    assert_same(one["optimiser"], two["optimiser"])
+    rows = []
+    for name in ("straight", "broken"):
+        with (tmp_path / name / "curve.csv").open() as file:
+            rows.append([{**r, "cpu_seconds": ""} for r in csv.DictReader(file)])
+    assert rows[0] == rows[1]
+
+
+def assert_same(one, two) -> None:
+    assert type(one) is type(two)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == two
+
+
+def test_another_seed_gives_another_model(tmp_path):
+    short = replace(TINY, vision_steps=1, judge_steps=1)
+    train(tmp_path / "a", short, False)
+    train(tmp_path / "b", replace(short, seed=4), False)
+    one, two = (load_state(tmp_path / n / "state.pt")["model"] for n in ("a", "b"))
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(one[name], two[name])
+
+
+def test_a_crash_while_saving_leaves_the_previous_state(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    save_state(path, {"step": 1})
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_state(path, {"step": 2})
+    assert load_state(path) == {"step": 1}
+    assert load_state(tmp_path / "none.pt") is None
+
+
+def test_the_curve_drops_rows_beyond_the_state(tmp_path):
+    curve = Curve(tmp_path / "curve.csv")
+    for step in (1, 2, 3):
+        curve.add("judge", step, "train", {"loss": 1.0 / step})
+    curve.add("vision", 9, "train", {"loss": 1.0})
+    curve.truncate("judge", 2)
+    with curve.path.open() as file:
+        assert [(r["stage"], r["step"]) for r in csv.DictReader(file)] == [
+            ("judge", "1"),
+            ("judge", "2"),
+            ("vision", "9"),
+        ]
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (8, 8)])
+def test_orthogonalise_brings_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    assert 0.5 < values.min() and values.max() < 1.5
