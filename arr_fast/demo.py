@@ -45,9 +45,18 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demonstration shows: pairs of one task, their verdicts, and the cost."""
+    """What the demonstration shows: pairs of one task, their verdicts, and the cost.
+
+    Attributes:
+        pairs: What was judged.
+        expected: The winner of each pair by construction; None where the data does not say.
+        verdicts: The verdicts.
+        forwards: Decoder forwards of the one call that gave them.
+        cost: Of that call and of the alternatives.
+    """
 
     pairs: tuple[ReportPair, ...]
+    expected: tuple[str | None, ...]
     verdicts: PairVerdicts
     forwards: int
     cost: Cost
@@ -78,7 +87,9 @@ def run_demo(judge: Judge, items: list[InputItem], rubric: Rubric) -> DemoResult
     before = judge.stats()["forwards"]
     verdicts = _compare(judge, pairs, rubric)
     forwards = judge.stats()["forwards"] - before
-    return DemoResult(pairs, verdicts, forwards, _cost(judge, pairs, rubric))
+    winners = {"a": "A", "b": "B", "tie": "tie"}
+    expected = tuple(winners.get(str(item.metadata.get("better"))) for item in items)
+    return DemoResult(pairs, expected, verdicts, forwards, _cost(judge, pairs, rubric))
 
 
 def _read(item: InputItem, rubric: Rubric) -> ReportPair:

@@ -9,11 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from arr_fast.aggregation import AggregationName
-from arr_fast.engine.engine import Engine, EngineConfig, LabelIds
+from arr_fast.engine.config import EngineConfig
+from arr_fast.engine.engine import Engine, LabelIds
 from arr_fast.engine.model import load_model
 from arr_fast.engine.planner import ImageTable
 from arr_fast.engine.planner import Path as TokenPath
@@ -28,7 +28,7 @@ from arr_fast.judge_items import (
     read_groups,
     read_items,
 )
-from arr_fast.judge_results import criterion_matrix, log_odds, message_of, read_leg
+from arr_fast.judge_results import log_odds, pair_results, point_results
 from arr_fast.prompts import (
     PAIR_LABELS,
     POINT_LABELS,
@@ -45,8 +45,6 @@ from arr_fast.verdicts import (
     PairVerdicts,
     PointVerdicts,
     group_verdicts,
-    pair_verdicts,
-    point_verdicts,
 )
 
 RubricLike = Rubric | Sequence[Rubric] | str | None
@@ -177,9 +175,10 @@ class Judge:
         items = read_items(prompts, columns, rubric, sources, "pair")
         legs = _pair_legs(orders, 0, 1)
         results = self._judge(items, [legs] * len(items), mode, label_mass, progress)
-        return self._pair_verdicts(
+        return pair_results(
             items,
             results,
+            provenance=self._provenance(items),
             orders=orders,
             mode=mode,
             label_mass=label_mass,
@@ -215,16 +214,12 @@ class Judge:
         items = read_items(prompts, {"images": images}, rubric, sources, "image")
         legs: list[Leg] = [("point", (0,))]
         results = self._judge(items, [legs] * len(items), "criteria", label_mass, progress)
-        read = read_leg(items, results, 0, "criteria", label_mass)
-        return point_verdicts(
-            read.log_odds,
+        return point_results(
+            items,
+            results,
             provenance=self._provenance(items),
-            criteria=[item.rubric.ids for item in items],
-            weights=criterion_matrix(items, lambda c: c.weight),
-            essential=criterion_matrix(items, lambda c: float(c.essential)),
-            label_mass=read.label_mass,
+            label_mass=label_mass,
             label_mass_threshold=label_mass_threshold,
-            errors=[message_of(item, result) for item, result in zip(items, results, strict=True)],
         )
 
     def rank(
@@ -269,8 +264,14 @@ class Judge:
                 flat_items.append(item)
                 flat_results.append(result[span] if isinstance(result, list) else result)
                 index.append((group, i, j))
-        verdicts = self._pair_verdicts(
-            flat_items, flat_results, orders=orders, mode=mode, label_mass=label_mass, **options
+        verdicts = pair_results(
+            flat_items,
+            flat_results,
+            provenance=self._provenance(items),
+            orders=orders,
+            mode=mode,
+            label_mass=label_mass,
+            **options,
         )
         return group_verdicts(verdicts, index, sizes)
 
@@ -436,63 +437,6 @@ class Judge:
                 item.error, found = error, []
             paths.append(found)
         return table, paths, features
-
-    def _pair_verdicts(
-        self,
-        items: Sequence[Item],
-        results: Sequence[Any],
-        *,
-        orders: Orders,
-        mode: Mode,
-        label_mass: bool,
-        label_mass_threshold: float = 0.5,
-        aggregation: AggregationName | None = None,
-        temperature: float | None = None,
-        margin: float | None = None,
-        inconsistent: Literal["tie", "keep"] = "tie",
-        learned_weights: Any = None,
-    ) -> PairVerdicts:
-        rule = aggregation or ("holistic" if mode == "holistic" else "log_odds_mean")
-        fitted = self._calibration(items, rule)
-        names = ("AB", "BA") if orders == "both" else (orders,)
-        read = {
-            name: read_leg(items, results, leg, mode, label_mass) for leg, name in enumerate(names)
-        }
-        ab, ba = read.get("AB"), read.get("BA")
-        masses = [r.holistic_mass for r in read.values() if r.holistic_mass is not None]
-        return pair_verdicts(
-            ab.log_odds if ab else None,
-            ba.log_odds if ba else None,
-            provenance=self._provenance(items),
-            criteria=[item.rubric.ids for item in items],
-            weights=criterion_matrix(items, lambda c: c.weight) if mode != "holistic" else None,
-            essential=criterion_matrix(items, lambda c: float(c.essential))
-            if mode != "holistic"
-            else None,
-            holistic_ab=ab.holistic if ab else None,
-            holistic_ba=ba.holistic if ba else None,
-            label_mass_ab=ab.label_mass if ab else None,
-            label_mass_ba=ba.label_mass if ba else None,
-            holistic_label_mass=np.minimum.reduce(masses) if masses else None,
-            label_mass_threshold=label_mass_threshold,
-            aggregation=rule,
-            temperature=fitted[0] if temperature is None else temperature,
-            margin=fitted[1] if margin is None else margin,
-            inconsistent=inconsistent,
-            learned_weights=learned_weights,
-            errors=[message_of(item, result) for item, result in zip(items, results, strict=True)],
-        )
-
-    def _calibration(self, items: Sequence[Item], rule: str) -> tuple[float, float]:
-        """Temperature and margin fitted for this model, where all rubrics of the call agree."""
-        revision = self.engine.loaded.revision
-        found = {
-            (fit.temperature, fit.margin) if fit else (1.0, 0.0)
-            for fit in {
-                id(item.rubric): item.rubric.calibration_for(revision, rule) for item in items
-            }.values()
-        }
-        return found.pop() if len(found) == 1 else (1.0, 0.0)
 
     def _provenance(self, items: Sequence[Item]) -> Provenance:
         loaded = self.engine.loaded

@@ -1,16 +1,19 @@
-"""From label logits per path to the padded arrays that verdicts are made of."""
+"""From label logits per path to padded arrays, and from those to verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from arr_fast.aggregation import AggregationName
 from arr_fast.engine.engine import PathResult
-from arr_fast.judge_items import Item, Mode
+from arr_fast.judge_items import Item, Mode, Orders
+from arr_fast.provenance import Provenance
 from arr_fast.rubric import Criterion
+from arr_fast.verdicts import PairVerdicts, PointVerdicts, pair_verdicts, point_verdicts
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,82 @@ def message_of(item: Item, result: Any) -> str | None:
     if error is None:
         return None
     return f"{item.name}: {error}" if item.name not in str(error) else str(error)
+
+
+def pair_results(
+    items: Sequence[Item],
+    results: Sequence[Any],
+    *,
+    provenance: Provenance,
+    orders: Orders,
+    mode: Mode,
+    label_mass: bool,
+    label_mass_threshold: float = 0.5,
+    aggregation: AggregationName | None = None,
+    temperature: float | None = None,
+    margin: float | None = None,
+    inconsistent: Literal["tie", "keep"] = "tie",
+    learned_weights: Any = None,
+) -> PairVerdicts:
+    """Verdicts on pairs from what the engine read; options as in `Judge.compare`."""
+    rule: AggregationName = aggregation or ("holistic" if mode == "holistic" else "log_odds_mean")
+    fitted = _calibration(items, provenance.revision, rule)
+    names = ("AB", "BA") if orders == "both" else (orders,)
+    read = {name: read_leg(items, results, leg, mode, label_mass) for leg, name in enumerate(names)}
+    ab, ba = read.get("AB"), read.get("BA")
+    masses = [r.holistic_mass for r in read.values() if r.holistic_mass is not None]
+    return pair_verdicts(
+        ab.log_odds if ab else None,
+        ba.log_odds if ba else None,
+        provenance=provenance,
+        criteria=[item.rubric.ids for item in items],
+        weights=criterion_matrix(items, lambda c: c.weight) if mode != "holistic" else None,
+        essential=criterion_matrix(items, lambda c: float(c.essential))
+        if mode != "holistic"
+        else None,
+        holistic_ab=ab.holistic if ab else None,
+        holistic_ba=ba.holistic if ba else None,
+        label_mass_ab=ab.label_mass if ab else None,
+        label_mass_ba=ba.label_mass if ba else None,
+        holistic_label_mass=np.minimum.reduce(masses) if masses else None,
+        label_mass_threshold=label_mass_threshold,
+        aggregation=rule,
+        temperature=fitted[0] if temperature is None else temperature,
+        margin=fitted[1] if margin is None else margin,
+        inconsistent=inconsistent,
+        learned_weights=learned_weights,
+        errors=[message_of(item, result) for item, result in zip(items, results, strict=True)],
+    )
+
+
+def _calibration(items: Sequence[Item], revision: str, rule: str) -> tuple[float, float]:
+    """Temperature and margin fitted for this model, where all rubrics of the call agree."""
+    found = {
+        (fit.temperature, fit.margin) if fit else (1.0, 0.0)
+        for fit in {
+            id(item.rubric): item.rubric.calibration_for(revision, rule) for item in items
+        }.values()
+    }
+    return found.pop() if len(found) == 1 else (1.0, 0.0)
+
+
+def point_results(
+    items: Sequence[Item],
+    results: Sequence[Any],
+    *,
+    provenance: Provenance,
+    label_mass: bool,
+    label_mass_threshold: float,
+) -> PointVerdicts:
+    """Verdicts on single images from what the engine read; see `Judge.score`."""
+    read = read_leg(items, results, 0, "criteria", label_mass)
+    return point_verdicts(
+        read.log_odds,
+        provenance=provenance,
+        criteria=[item.rubric.ids for item in items],
+        weights=criterion_matrix(items, lambda c: c.weight),
+        essential=criterion_matrix(items, lambda c: float(c.essential)),
+        label_mass=read.label_mass,
+        label_mass_threshold=label_mass_threshold,
+        errors=[message_of(item, result) for item, result in zip(items, results, strict=True)],
+    )

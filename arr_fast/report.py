@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from arr_fast.images import CanonicalImage
 from arr_fast.pairwise import PairVerdicts
@@ -34,6 +35,7 @@ class ReportPair:
         image_a, image_b: The two images.
         source: The image that was edited, or None.
         rubric: Its rubric, for the texts of the criteria.
+        note: A line below the verdict, for example what people prefer.
     """
 
     prompt: str
@@ -41,6 +43,7 @@ class ReportPair:
     image_b: CanonicalImage
     rubric: Rubric
     source: CanonicalImage | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +82,16 @@ class _Card:
     detail: str
     rows: tuple[_Row, ...]
     error: str
+    note: str
 
 
-def render_report(sections: Sequence[ReportSection], *, title: str) -> str:
+def render_report(sections: Sequence[ReportSection], *, title: str, lead: Markup | str = "") -> str:
     """Returns the page.
 
     Args:
         sections: What was judged, with the verdicts on it.
         title: Heading of the page.
+        lead: What comes before the pairs; HTML if it is Markup, else text.
 
     Raises:
         ValueError: if a section has another number of pairs than of verdicts.
@@ -96,7 +101,7 @@ def render_report(sections: Sequence[ReportSection], *, title: str) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(template).render(
-        title=title, sections=[_section(section) for section in sections]
+        title=title, lead=lead, sections=[_section(section) for section in sections]
     )
 
 
@@ -150,6 +155,7 @@ def _card(pair: ReportPair, verdicts: PairVerdicts, index: int, full: float) -> 
             for k, criterion in enumerate(pair.rubric.criteria[:count])
         ),
         error=verdicts.errors[index] or "",
+        note=pair.note,
     )
 
 

@@ -149,7 +149,8 @@ def test_page_fits_a_phone(tmp_path, width):
       document.title = [root.scrollWidth, Math.min(...sizes), shown].join(' ');
     """
     (tmp_path / "frame.html").write_text(
-        f'<iframe id="frame" src="page.html" width="{width}" height="900" style="border:0"></iframe>'
+        f'<iframe id="frame" src="page.html" width="{width}" height="900" style="border:0">'
+        "</iframe>"
         f"<script>frame.onload = () => {{ {script} }};</script>"
     )
     result = subprocess.run(

@@ -29,7 +29,7 @@ FAMILIES = (
 )
 PREFIX = "random:"
 # Part of the cache key: raise it when the same spec would give other files.
-_BUILDER_VERSION = 3
+_BUILDER_VERSION = 4
 _NAME = re.compile(r"random:([a-z0-9_]+)-([a-z0-9]+)(?:\[([^\]]*)\])?")
 
 
@@ -80,7 +80,7 @@ class RandomModelSpec:
     experts: int = 8
     experts_per_token: int = 2
     max_positions: int = 8192
-    log_odds_std: float = 1.5
+    log_odds_std: float = 2.5
     calibration_pixels: int = 112
     seed: int = 0
 

@@ -9,6 +9,7 @@ import typer
 from arr_fast import __version__
 from arr_fast.cli import benching, demo, info, judging, verify
 from arr_fast.data import cli as data_cli
+from arr_fast.evals import cli as evals_cli
 from arr_fast.serve import cli as serve_cli
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ app.command("compare")(judging.compare)
 app.command("score")(judging.score)
 app.command("rank")(judging.rank)
 app.command("verify")(verify.verify)
+app.command("eval")(evals_cli.evaluate)
 app.command("info")(info.info)
 app.command("serve")(serve_cli.serve)
 app.add_typer(benching.app, name="bench")

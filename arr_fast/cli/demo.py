@@ -72,7 +72,9 @@ def _show(result: DemoResult) -> None:
     for index, pair in enumerate(result.pairs):
         console.print(pair_table(result.verdicts.pair_json(index), escape(pair.prompt)))
         first, second = rewards[index]
-        console.print(f"reward: A {first:+.1f}, B {second:+.1f}\n")
+        expected = result.expected[index]
+        truth = f" (by construction {expected} is better)" if expected in ("A", "B") else ""
+        console.print(f"reward: A {first:+.1f}, B {second:+.1f}{truth}\n")
     for line in _facts(result):
         console.print(": ".join(line))
     console.print()
@@ -82,8 +84,15 @@ def _facts(result: DemoResult) -> list[tuple[str, str]]:
     cost = result.cost
     count = len(result.pairs)
     verdicts = 2 * count * cost.criteria
+    known = [
+        (winner, expected)
+        for winner, expected in zip(result.verdicts.winner, result.expected, strict=True)
+        if expected is not None
+    ]
+    right = sum(winner == expected for winner, expected in known)
     return [
         ("Judged", f"{count} pairs x {cost.criteria} criteria x 2 orders = {verdicts} verdicts"),
+        ("Winners as constructed", f"{right} of {len(known)}"),
         ("Forwards", str(result.forwards)),
         ("One call", f"{1e3 * cost.together:.0f} ms for all criteria (median)"),
         (

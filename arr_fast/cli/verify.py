@@ -119,11 +119,14 @@ def _traces(
     """Traces of pairs in both orders with the holistic leaf, and of their first images alone."""
     from dataclasses import replace
 
+    from arr_fast.data.record import image_bytes
+
     found: list[VerdictTrace] = []
     for number, pair in enumerate(pairs):
         rubric = rubric_of(pair)
-        sources = None if pair.source is None else [pair.source]
-        prompts, first, second = [pair.prompt], [pair.images[0]], [pair.images[1]]
+        sources = None if pair.source is None else [image_bytes(pair.source)]
+        first, second = ([image_bytes(image)] for image in pair.images)
+        prompts = [pair.prompt]
         traces = judge.trace(prompts, first, second, rubric, sources=sources, mode="both")
         traces += judge.trace(prompts, first, rubric=rubric, sources=sources)
         found += [replace(trace, item=number) for trace in traces]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,21 +14,15 @@ import torch
 from torch import Tensor
 
 from arr_fast.engine.cache import ByteLRU, PrefixPool
+from arr_fast.engine.config import EngineConfig, resolve_compile, resolve_prepack
 from arr_fast.engine.families import ImageFeatures
 from arr_fast.engine.model import LoadedModel
-from arr_fast.engine.packed_linear import (
-    AUTO_LIMIT,
-    can_pack,
-    linear_bytes,
-    pack_linears,
-    repack_linears,
-)
+from arr_fast.engine.packed_linear import pack_linears, repack_linears
 from arr_fast.engine.planner import (
     ImageTable,
     Path,
-    PrefixCacheMode,
     build_paths,
-    estimate_rows,
+    cut_item,
     plan_forest,
     token_batches,
 )
@@ -42,45 +35,6 @@ from arr_fast.prompts import Part, PromptEncoder
 logger = logging.getLogger("arr_fast")
 
 LabelIds = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Settings of an engine; all sizes are bytes unless named otherwise.
-
-    Attributes:
-        impl: "auto", "torch", "triton", "flash", "xformers" or "reference".
-        compile: True compiles every decoder layer, "auto" does so where a compiler is found.
-        prepack: True packs linear weights for oneDNN, "auto" does so for float32 decoders of up to
-            2 GiB on a CPU (the packed copy doubles their memory).
-        feature_cache_bytes: Budget of the image-feature cache.
-        prefix_cache_bytes: Budget of the prefix-KV pool.
-        prefix_cache: What the pool keeps: "off", "text" before the first image, or "images".
-        max_batch_rows: Rows of one forward; None derives it from `activation_bytes`.
-        activation_bytes: Memory that one forward may use beside the weights; None is 2 GiB on a
-            CPU and half of the free memory on a GPU.
-        max_vision_patches: Patches of one vision forward.
-    """
-
-    impl: str = "auto"
-    compile: bool | str = False
-    prepack: bool | str = "auto"
-    feature_cache_bytes: int = 1 << 30
-    prefix_cache_bytes: int = 1 << 28
-    prefix_cache: PrefixCacheMode = "text"
-    max_batch_rows: int | None = None
-    activation_bytes: int | None = None
-    max_vision_patches: int = 65536
-
-    def __post_init__(self) -> None:
-        if self.prefix_cache not in ("off", "text", "images"):
-            raise ValueError(f"prefix_cache must be off, text or images, got {self.prefix_cache!r}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}")
-        if self.prepack not in (True, False, "auto"):
-            raise ValueError(f"prepack must be True, False or 'auto', got {self.prepack!r}")
-        if self.max_batch_rows is not None and self.max_batch_rows < 1:
-            raise ValueError(f"max_batch_rows must be at least 1, got {self.max_batch_rows}")
 
 
 @dataclass
@@ -111,16 +65,6 @@ class PathResult:
     vocab_lse: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """Neighbouring paths of one item that one forward can hold."""
-
-    item: int
-    paths: range
-    rows: int
-    is_last: bool
-
-
 @dataclass
 class _Pending:
     """Label logits still on the device, with the paths they belong to."""
@@ -143,7 +87,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.adapter = loaded.adapter
         self.impl = resolve_impl(self.config.impl, str(loaded.device))
-        self.compiled = _resolve_compile(self.config.compile, loaded.device)
+        self.compiled = resolve_compile(self.config.compile, loaded.device)
         self.prompts = PromptEncoder(
             self.adapter.tokenizer,
             image_token=self.adapter.image_token,
@@ -155,7 +99,7 @@ class Engine:
         self.pool = self._make_pool()
         self._heads: dict[tuple[LabelIds, bool], LabelHead] = {}
         self.lock = threading.RLock()
-        if _resolve_prepack(self.config.prepack, loaded):
+        if resolve_prepack(self.config.prepack, loaded):
             pack_linears(self.adapter.layers)
         self.runner = self._make_runner()
 
@@ -253,7 +197,7 @@ class Engine:
             pending = _Pending()
             failed: dict[int, BaseException] = {}
             budget = self._batch_rows()
-            units = [unit for i, paths in enumerate(items) for unit in _units(i, paths, budget)]
+            units = [unit for i, paths in enumerate(items) for unit in cut_item(i, paths, budget)]
             rows = [unit.rows for unit in units]
             for batch in token_batches(rows, budget):
                 work = [(units[n].item, j) for n in batch for j in units[n].paths]
@@ -431,52 +375,6 @@ class Engine:
         if self.compiled:
             calls = [torch.compile(layer, dynamic=False) for layer in layers]
         return ForestRunner(self.adapter, self.impl, calls, pad=self.compiled)
-
-
-def _units(item: int, paths: Sequence[Path], budget: int) -> list[_Unit]:
-    """Cuts an item whose paths exceed the budget; neighbours share most, so order is kept."""
-    rows = estimate_rows(paths)
-    if rows <= budget or len(paths) == 1:
-        return [_Unit(item, range(len(paths)), rows, True)] if paths else []
-    units: list[_Unit] = []
-    begin = 0
-    while begin < len(paths):
-        low, high = begin + 1, len(paths)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if estimate_rows(paths[begin:middle]) <= budget:
-                low = middle
-            else:
-                high = middle - 1
-        count = estimate_rows(paths[begin:low])
-        units.append(_Unit(item, range(begin, low), count, low == len(paths)))
-        begin = low
-    return units
-
-
-def _resolve_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether to compile; "auto" says why not."""
-    if choice is False:
-        return False
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        if choice is True:
-            raise RuntimeError("compile=True needs a C++ compiler (g++ or clang++) on a CPU")
-        logger.warning("compile=auto: no C++ compiler found, running eager")
-        return False
-    return True
-
-
-def _resolve_prepack(choice: bool | str, loaded: LoadedModel) -> bool:
-    """Whether to pack linear weights."""
-    possible = can_pack(loaded.device, loaded.dtype) and loaded.quantization is None
-    if choice == "auto":
-        return possible and linear_bytes(loaded.adapter.layers) <= AUTO_LIMIT
-    if choice and not possible:
-        raise ValueError(
-            f"prepack=True needs float32 on a CPU without quantization, got {loaded.dtype} on "
-            f"{loaded.device}"
-        )
-    return bool(choice)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -129,6 +129,10 @@ class PackedForest:
         tiles[:, 4], tiles[:, 5] = 1, -1
         return tiles
 
+    def longest_path(self) -> int:
+        """Most ancestor tokens of any row."""
+        return max(self._path_length(begin, stop) for _, _, begin, stop in self.groups)
+
     def _path_length(self, begin: int, stop: int) -> int:
         return int(self.runs[begin:stop, 2].sum())
 

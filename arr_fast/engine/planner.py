@@ -121,6 +121,37 @@ def token_batches(rows: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """Neighbouring paths of one item that one forward can hold."""
+
+    item: int
+    paths: range
+    rows: int
+    is_last: bool
+
+
+def cut_item(item: int, paths: Sequence[Path], budget: int) -> list[WorkUnit]:
+    """Cuts an item whose paths exceed the budget; neighbours share most, so order is kept."""
+    rows = estimate_rows(paths)
+    if rows <= budget or len(paths) == 1:
+        return [WorkUnit(item, range(len(paths)), rows, True)] if paths else []
+    units: list[WorkUnit] = []
+    begin = 0
+    while begin < len(paths):
+        low, high = begin + 1, len(paths)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if estimate_rows(paths[begin:middle]) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        count = estimate_rows(paths[begin:low])
+        units.append(WorkUnit(item, range(begin, low), count, low == len(paths)))
+        begin = low
+    return units
+
+
 @dataclass(frozen=True)
 class ForestPlan:
     """Everything the runner needs for one forward.

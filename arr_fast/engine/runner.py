@@ -20,11 +20,9 @@ from arr_fast.engine.cache import PrefixPool
 from arr_fast.engine.families import FamilyAdapter, ImageFeatures
 from arr_fast.engine.forest import PackedForest, bucket_rows
 from arr_fast.ops import verdict_head
+from arr_fast.ops.tiling import SPLIT_TOKENS, should_split, tile_rows
 
 LayerCall = Callable[..., Tensor]
-
-# Rows per query tile of the torch impl, which needs no tiling.
-_WHOLE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class ForestRunner:
     def _tables(self, forest: PackedForest, total: int, store: StorePlan) -> ForestTables:
         own = np.arange(total, dtype=np.int32)
         own[: forest.rows] = forest.own_start
-        runs, tiles = forest.runs, forest.tiles(self._rows_per_tile())
+        runs, tiles = self._runs_and_tiles(forest)
         rows, slots = store.rows, store.slots
         if self.pad:
             # Empty runs and tiles change nothing; a block stored twice is the same block.
@@ -172,14 +170,15 @@ class ForestRunner:
             impl=self.impl,
         )
 
-    def _rows_per_tile(self) -> int:
-        if self.impl != "triton":
-            return _WHOLE
-        from arr_fast_kernels.specs import rows_per_tile
-
+    def _runs_and_tiles(self, forest: PackedForest) -> tuple[np.ndarray, np.ndarray]:
         config = self.adapter.text_config
-        group = config.num_attention_heads // config.num_key_value_heads
-        return int(rows_per_tile(group, self.adapter.head_dim, self.device))
+        kv_heads = config.num_key_value_heads
+        group = config.num_attention_heads // kv_heads
+        rows = tile_rows(self.impl, group, self.adapter.head_dim, self.device)
+        tiles = forest.tiles(rows)
+        if should_split(self.impl, len(tiles), forest.longest_path(), kv_heads, self.device):
+            return forest.split_tiles(rows, SPLIT_TOKENS)
+        return forest.runs, tiles
 
     def _head(self, rows: Tensor, head: LabelHead) -> tuple[Tensor, Tensor]:
         norm = self.adapter.decoder.norm

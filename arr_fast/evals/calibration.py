@@ -83,9 +83,7 @@ def fit_temperature(score: np.ndarray, label: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def cross_fitted_temperature(
-    score: np.ndarray, label: np.ndarray, folds: np.ndarray
-) -> np.ndarray:
+def cross_fitted_temperature(score: np.ndarray, label: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Returns for each pair the temperature fitted on the other folds, float64 [N].
 
     Args:

@@ -1,6 +1,6 @@
 """Bootstrap intervals: whole clusters (the pairs of one prompt) are drawn with replacement.
 
-One draw serves every measure, so differences between judges are paired by construction.
+One set of draws serves every measure of an evaluation, so what is compared is paired.
 """
 
 from __future__ import annotations
@@ -34,44 +34,40 @@ def number_clusters(keys: Sequence[Hashable]) -> np.ndarray:
 
 
 def resample_weights(clusters: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Returns how often each resample holds each pair, float64 [R, N].
+    """Returns how often each resample holds each pair, uint16 [R, N].
 
     Args:
         clusters: int [N], numbered from 0.
         resamples: R.
         seed: Of the draws.
     """
-    count = int(clusters.max()) + 1
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
-    return np.asarray(draws[:, clusters], dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    count = int(clusters.max()) + 1 if len(clusters) else 0
+    weights = np.empty((resamples, len(clusters)), dtype=np.uint16)
+    for start in range(0, resamples if count else 0, CHUNK):
+        size = min(CHUNK, resamples - start)
+        draws = rng.multinomial(count, np.full(count, 1 / count), size)
+        weights[start : start + size] = draws[:, clusters]
+    return weights
 
 
 def estimates(
-    measure: Callable[[np.ndarray | None], dict[str, np.ndarray]],
-    clusters: np.ndarray,
-    resamples: int,
-    seed: int,
+    measure: Callable[[np.ndarray | None], dict[str, np.ndarray]], weights: np.ndarray
 ) -> dict[str, Estimate]:
     """Returns every measure with its interval.
 
     Args:
-        measure: Maps weights [R, N] to measures [R]; None means all pairs once.
-        clusters: int [N].
-        resamples: How many; 0 for no intervals.
-        seed: Of the draws.
+        measure: Maps weights float64 [R, N] to measures [R]; None means all pairs once.
+        weights: From `resample_weights`; R = 0 for no intervals.
     """
     point = {name: float(values[0]) for name, values in measure(None).items()}
-    if resamples < 1 or not len(clusters):
+    # A resample can miss all pairs of a criterion that only some pairs have.
+    drawn = weights[weights.any(axis=1)].astype(np.float64)
+    if not len(drawn):
         return {name: Estimate(value) for name, value in point.items()}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in point}
-    for number, start in enumerate(range(0, resamples, CHUNK)):
-        size = min(CHUNK, resamples - start)
-        for name, values in measure(resample_weights(clusters, size, seed + number)).items():
-            found[name].append(values)
     result = {}
-    for name, value in point.items():
-        drawn = np.concatenate(found[name])
-        drawn = drawn[np.isfinite(drawn)]
-        ends = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (np.nan, np.nan)
-        result[name] = Estimate(value, float(ends[0]), float(ends[1]))
+    for name, values in measure(drawn).items():
+        finite = values[np.isfinite(values)]
+        ends = np.quantile(finite, (0.025, 0.975)) if len(finite) else (np.nan, np.nan)
+        result[name] = Estimate(point[name], float(ends[0]), float(ends[1]))
     return result

@@ -99,8 +99,8 @@ def summarise(columns: Mapping[str, np.ndarray], weights: np.ndarray | None = No
     """
     count = len(next(iter(columns.values())))
     weights = np.ones((1, count)) if weights is None else weights
-    total = weights.sum(axis=1)
-    means = {name: weights @ column / total for name, column in columns.items()}
+    table = weights @ np.stack(list(columns.values()), axis=1) / weights.sum(axis=1)[:, None]
+    means = dict(zip(columns, table.T, strict=True))
     measures = {name: mean for name, mean in means.items() if not name.startswith("_")}
     for name, (above, below) in RATIOS.items():
         if above in means and below in means:

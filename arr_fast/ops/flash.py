@@ -70,9 +70,7 @@ def _varlen_func() -> Callable[..., Any]:
     try:
         module = importlib.import_module("flash_attn")
     except ImportError as error:
-        raise MissingDependencyError(
-            'impl "flash" needs flash-attn: pip install "arr-fast[cuda]"'
-        ) from error
+        raise MissingDependencyError("flash-attn", "cuda") from error
     function: Callable[..., Any] = module.flash_attn_varlen_func
     return function
 

@@ -1,8 +1,8 @@
 """Passes over latents in PyTorch that stay in the CPU's cache: shared by sde_step and rpo_loss.
 
-Eager formulas over whole latents write and re-read a dozen temporaries; here every operation runs
-on a block of a sample that fits the second-level cache, into a few reused float32 buffers. On a
-GPU, and for samples too small to be worth a Python loop, one block is the whole batch.
+Eager formulas over whole latents write and re-read a dozen temporaries; here every operation runs on
+a block of a sample that fits the second-level cache, into a few reused float32 buffers. On a GPU,
+and for samples too small to be worth a Python loop, one block is the whole batch.
 """
 
 from __future__ import annotations
@@ -15,91 +15,92 @@ from torch import Tensor
 
 # 32k float32 are 128 KiB: one thread's share of an elementwise call, and of its cache.
 _BLOCK_PER_THREAD = 32768
-_SMALL_SAMPLE = 4096
+_SMALL_SAMPLE = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows and columns of the flat latents [B, E] that one round of operations covers.
+    """What one round of operations covers.
 
     Attributes:
-        samples: The rows.
-        elements: The columns.
+        sample: The sample, or None for the whole batch.
+        inputs: Float32 pieces, [n] of one sample or [B, E]; valid until the next block.
+        outputs: Writable pieces of the same shape in their own dtype.
     """
 
-    samples: slice
-    elements: slice
+    sample: int | None
+    inputs: list[Tensor]
+    outputs: list[Tensor]
 
 
-def blocks_of(latents: Tensor) -> Iterator[Block]:
-    """Cuts flat latents [B, E] into blocks: one of the whole, or cache-sized pieces of one
-    sample."""
-    batch, elements = latents.shape
-    if latents.device.type != "cpu" or elements < _SMALL_SAMPLE:
-        yield Block(slice(0, batch), slice(0, elements))
+class Scalars:
+    """Float32 [B] numbers as an elementwise call wants them: a Python float or a column.
+
+    Python numbers reach the vectorised scalar kernels; on a GPU they would have to be waited for, and
+    there every block is the whole batch.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._column = numbers[:, None]
+        self._list = numbers.tolist() if numbers.device.type == "cpu" else None
+
+    def at(self, sample: int | None) -> float | Tensor:
+        """The number of one sample, or all as [B, 1]."""
+        if sample is None or self._list is None:
+            return self._column
+        number: float = self._list[sample]
+        return number
+
+
+def blocks(inputs: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> Iterator[Block]:
+    """Walks latents [B, ...] of one shape; inputs of other dtypes arrive cast to float32."""
+    flat = [tensor.flatten(1) for tensor in (*inputs, *outputs)]
+    batch, elements = flat[0].shape
+    count = len(inputs)
+    if flat[0].device.type != "cpu" or elements < _SMALL_SAMPLE:
+        yield Block(None, [tensor.float() for tensor in flat[:count]], flat[count:])
         return
     step = _BLOCK_PER_THREAD * torch.get_num_threads()
+    casts = [
+        None if tensor.dtype == torch.float32 else torch.empty(min(step, elements))
+        for tensor in flat[:count]
+    ]
     for sample in range(batch):
-        for start in range(0, elements, step):
-            yield Block(slice(sample, sample + 1), slice(start, min(start + step, elements)))
+        for pieces in zip(*(tensor[sample].split(step) for tensor in flat), strict=True):
+            read = [
+                piece if cast is None else cast[: len(piece)].copy_(piece)
+                for piece, cast in zip(pieces[:count], casts, strict=True)
+            ]
+            yield Block(sample, read, list(pieces[count:]))
 
 
-class Combination:
-    """out = sum_i scale_i tensor_i in float32 over blocks, with per-sample scales.
+class Scratch:
+    """One float32 buffer, reused by blocks of the same or a smaller size."""
 
-    Args:
-        tensors: Flat latents [B, E] of any floating dtype.
-        scales: One float32 [B] per tensor.
-    """
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
 
-    def __init__(self, tensors: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._scales = scales
-        on_cpu = tensors[0].device.type == "cpu"
-        # Python numbers reach the vectorised scalar kernels; a GPU would have to be waited for.
-        self._numbers = [s.tolist() for s in scales] if on_cpu else None
-        self._cast: Tensor | None = None
+    def like(self, piece: Tensor) -> Tensor:
+        """A buffer of the piece's shape; its old content is lost."""
+        if self._buffer is None or self._buffer.numel() < piece.numel():
+            self._buffer = torch.empty(piece.numel(), dtype=torch.float32, device=piece.device)
+        return self._buffer[: piece.numel()].view(piece.shape)
 
-    def __call__(self, block: Block, out: Tensor) -> Tensor:
-        """Writes the block of the combination into out [samples, elements] and returns it."""
-        for number, tensor in enumerate(self._tensors):
-            piece = tensor[block.samples, block.elements]
-            if number and piece.dtype != torch.float32:
-                if self._cast is None or self._cast.shape != out.shape:
-                    self._cast = torch.empty_like(out, dtype=torch.float32)
-                piece = self._cast.copy_(piece)
-            self._accumulate(number, piece, block, out)
-        return out
 
-    def _accumulate(self, number: int, piece: Tensor, block: Block, out: Tensor) -> None:
-        is_one_sample = block.samples.stop - block.samples.start == 1
-        if self._numbers is not None and is_one_sample:
-            scale = self._numbers[number][block.samples.start]
-            if number:
-                out.add_(piece, alpha=scale)
-            elif piece.dtype == out.dtype:
-                torch.mul(piece, scale, out=out)
-            else:
-                out.copy_(piece).mul_(scale)
-            return
-        column = self._scales[number][block.samples, None]
-        if number:
-            out.addcmul_(piece, column)
-        elif piece.dtype == out.dtype:
-            torch.mul(piece, column, out=out)
+def add_scaled(base: Tensor, terms: Sequence[tuple[Tensor, float | Tensor]], out: Tensor) -> Tensor:
+    """out = base + sum of scale times tensor, term by term in the given order."""
+    for tensor, scale in terms:
+        if isinstance(scale, Tensor):
+            torch.addcmul(base, tensor, scale, out=out)
         else:
-            out.copy_(piece).mul_(column)
+            torch.add(base, tensor, alpha=scale, out=out)
+        base = out
+    return out
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """[B, ...] -> [B, E], a view wherever the samples are contiguous."""
-    return tensor.flatten(1)
-
-
-def add_square_sums(sums: Tensor, block: Block, values: Tensor) -> None:
-    """Adds each row's sum of squares to sums float64 [B]; values is float32 [samples, elements]."""
-    if values.shape[0] == 1:
-        row = values[0]
-        sums[block.samples] += torch.dot(row, row)
+def add_square_sums(sums: Tensor, sample: int | None, values: Tensor) -> None:
+    """Adds each sample's sum of squares to sums float64 [B]."""
+    if sample is None:
+        sums += torch.linalg.vecdot(values, values)
     else:
-        sums[block.samples] += torch.linalg.vecdot(values, values)
+        sums[sample] += torch.dot(values, values)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arr_fast.ops.latent_blocks import Combination, add_square_sums, blocks_of, flat
+from arr_fast.ops.latent_blocks import Scalars, Scratch, add_scaled, add_square_sums, blocks
 from arr_fast.ops.sde_step_torch import log_prob_of
 
 
@@ -30,23 +30,33 @@ def rpo_loss_torch(
     normalised: bool,
 ) -> tuple[Tensor, Tensor]:
     """`rpo_loss`: float32 over the latents, float64 over the [B] numbers."""
-    one = torch.ones_like(std)
-    flat_v, flat_x, flat_next = flat(v), flat(x), flat(x_next)
-    terms = {"error": Combination([flat_next, flat_x, flat_v], [one, -x_scale, -v_scale])}
-    if v_ref is not None and kl == "log_prob_diff":
-        terms["gap"] = Combination([flat_next, flat_x, flat(v_ref)], [one, -x_scale, -v_scale])
-    elif v_ref is not None:
-        terms["gap"] = Combination([flat_v, flat(v_ref)], [one, -one])
-    if v_old is not None:
-        terms["drift"] = Combination([flat_v, flat(v_old)], [one, -one])
-    sums = {name: torch.zeros(v.shape[0], dtype=torch.float64, device=v.device) for name in terms}
-    for block in blocks_of(flat_v):
-        buffer = flat_v.new_empty(flat_v[block.samples, block.elements].shape, dtype=torch.float32)
-        for name, term in terms.items():
-            add_square_sums(sums[name], block, term(block, buffer))
+    minus_x, minus_v = Scalars(-x_scale), Scalars(-v_scale)
+    minus_one = Scalars(-torch.ones_like(std))
+    latents = {"v": v, "x": x, "x_next": x_next}
+    latents |= {k: t for k, t in (("v_ref", v_ref), ("v_old", v_old)) if t is not None}
+    sums = {
+        name: torch.zeros(v.shape[0], dtype=torch.float64, device=v.device)
+        for name in ("error", *(n for n in ("v_ref", "v_old") if n in latents))
+    }
+    scratch = Scratch()
+    for block in blocks(list(latents.values())):
+        sample = block.sample
+        piece = dict(zip(latents, block.inputs, strict=True))
+        out = scratch.like(piece["v"])
+        step = [(piece["x"], minus_x.at(sample)), (piece["v"], minus_v.at(sample))]
+        add_square_sums(sums["error"], sample, add_scaled(piece["x_next"], step, out))
+        for name in ("v_ref", "v_old"):
+            if name not in latents:
+                continue
+            if name == "v_ref" and kl == "log_prob_diff":  # x' - mu_ref
+                terms = [step[0], (piece["v_ref"], minus_v.at(sample))]
+                add_scaled(piece["x_next"], terms, out)
+            else:
+                add_scaled(piece["v"], [(piece[name], minus_one.at(sample))], out)
+            add_square_sums(sums[name], sample, out)
     return _finalise(
         sums,
-        flat_v.shape[1],
+        v[0].numel(),
         v_scale.double(),
         std,
         dt.double(),
@@ -78,8 +88,8 @@ def _finalise(
     weight = gaussian_weight if normalised else torch.ones_like(gaussian_weight)
     log_ratio = log_prob - log_prob_old
     policy_scale = ratio_slope = torch.ones_like(log_prob)
-    if "drift" in sums:
-        drift = v_scale.square() * sums["drift"] / elements
+    if "v_old" in sums:
+        drift = v_scale.square() * sums["v_old"] / elements
         log_ratio = std.double() * (log_ratio + weight * drift)
         policy_scale, ratio_slope = -1 / dt, std.double()
     ratio = log_ratio.exp()
@@ -90,8 +100,8 @@ def _finalise(
     kl_value, ref_scale, old_scale = (torch.zeros_like(log_prob) for _ in range(3))
     if kl == "log_prob_diff":
         log_prob_slope = slope + beta
-        if "gap" in sums:
-            kl_value = weight * (sums["gap"] - sums["error"]) / elements
+        if "v_ref" in sums:
+            kl_value = weight * (sums["v_ref"] - sums["error"]) / elements
             loss = loss + beta * kl_value
         else:
             kl_value = torch.full_like(kl_value, float("nan"))
@@ -99,11 +109,11 @@ def _finalise(
         kl_weight = torch.ones_like(weight)
         if kl == "latent_mean":
             kl_weight = gaussian_weight * v_scale.square()
-        kl_value = kl_weight * sums["gap"] / elements
+        kl_value = kl_weight * sums["v_ref"] / elements
         loss = loss + beta * kl_value
         ref_scale = 2 * beta * kl_weight / elements
     error_scale = log_prob_slope * 2 * weight * v_scale / elements
-    if "drift" in sums:
+    if "v_old" in sums:
         old_scale = slope * 2 * weight * v_scale.square() / elements
     is_clipped = (ratio < clip[0]) | (ratio > clip[1])
     stats = (log_prob, ratio, is_clipped, kl_value, error_scale, ref_scale, old_scale)
@@ -126,26 +136,22 @@ def rpo_loss_backward_torch(
 
     The terms of each difference nearly cancel, so a difference is formed first and scaled last.
     """
-    error_scale, ref_scale, old_scale = (stats[row] * grad_loss for row in (4, 5, 6))
-    one = torch.ones_like(x_scale)
-    flat_v = flat(v)
-    error = Combination([flat(x_next), flat(x), flat_v], [one, -x_scale, -v_scale])
-    others = [
-        (scale, Combination([flat_v, flat(other)], [one, -one]))
-        for scale, other in ((ref_scale, v_ref), (old_scale, v_old))
-        if other is not None
-    ]
+    error_scale, ref_scale, old_scale = (Scalars(stats[row] * grad_loss) for row in (4, 5, 6))
+    minus_x, minus_v = Scalars(-x_scale), Scalars(-v_scale)
+    minus_one = Scalars(-torch.ones_like(x_scale))
+    others = [(s, t) for s, t in ((ref_scale, v_ref), (old_scale, v_old)) if t is not None]
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    flat_grad = grad_v.flatten(1)
-    for block in blocks_of(flat_v):
-        target = flat_grad[block.samples, block.elements]
-        total = target
-        if target.dtype != torch.float32:
-            total = torch.empty(target.shape, dtype=torch.float32, device=v.device)
-        error(block, total).mul_(error_scale[block.samples, None])
-        for scale, other in others:
-            gap = other(block, torch.empty_like(total))
-            total.addcmul_(gap, scale[block.samples, None])
+    total_scratch, gap_scratch = Scratch(), Scratch()
+    for block in blocks([v, x, x_next, *(t for _, t in others)], [grad_v]):
+        sample, (target,) = block.sample, block.outputs
+        v_piece, x_piece, next_piece = block.inputs[:3]
+        total = target if target.dtype == torch.float32 else total_scratch.like(target)
+        terms = [(x_piece, minus_x.at(sample)), (v_piece, minus_v.at(sample))]
+        add_scaled(next_piece, terms, total).mul_(error_scale.at(sample))
+        for (scale, _), other in zip(others, block.inputs[3:], strict=True):
+            gap = gap_scratch.like(total)
+            add_scaled(v_piece, [(other, minus_one.at(sample))], gap)
+            add_scaled(total, [(gap, scale.at(sample))], total)
         if total is not target:
             target.copy_(total)
     return grad_v

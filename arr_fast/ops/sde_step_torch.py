@@ -1,5 +1,4 @@
-"""The PyTorch implementation of sde_step: cache-sized blocks on a CPU, plain operations on a
-GPU."""
+"""The PyTorch implementation of sde_step: cache-sized blocks on a CPU, plain operations on a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from arr_fast.ops.latent_blocks import Combination, add_square_sums, blocks_of, flat
+from arr_fast.ops.latent_blocks import Scalars, Scratch, add_scaled, add_square_sums, blocks
 from arr_fast.ops.philox import philox_normal
 
 
@@ -25,32 +24,35 @@ def sde_step_torch(
 ) -> tuple[Tensor, Tensor]:
     """`sde_step` with float32 arithmetic; x' is rounded to x's dtype before log_prob.
 
-    The error x' - mu is formed as rpo_loss forms it, in the same order and the same blocks, so that
-    the ratio of an unchanged policy is exactly 1.
+    The error x' - mu is formed as rpo_loss forms it, in the same order and the same blocks, so that the
+    ratio of an unchanged policy is exactly 1.
     """
     x_next = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat_x, flat_v, flat_next = flat(x), flat(v), x_next.flatten(1)
-    one = torch.ones_like(std)
+    elements = x[0].numel()
     if noise is None and seed is not None:
-        noise = philox_normal(seed, flat_x.shape[1])
-    parts, scales = [flat_x, flat_v], [x_scale, v_scale]
-    if noise is not None:
-        parts, scales = [*parts, flat(noise)], [*scales, std]
-    step = Combination(parts, scales)
-    error = Combination([flat_next, flat_x, flat_v], [one, -x_scale, -v_scale])
+        noise = philox_normal(seed, elements).view(x.shape)
+    of_x, of_v, of_noise = Scalars(x_scale), Scalars(v_scale), Scalars(std)
+    minus_x, minus_v = Scalars(-x_scale), Scalars(-v_scale)
     sums = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-    for block in blocks_of(flat_x):
-        target = flat_next[block.samples, block.elements]
-        in_place = target.dtype == torch.float32
-        buffer = torch.empty(target.shape, dtype=torch.float32, device=x.device)
-        step(block, target if in_place else buffer)
-        if not in_place:
-            target.copy_(buffer)
+    next_scratch, error_scratch = Scratch(), Scratch()
+    for block in blocks([x, v] if noise is None else [x, v, noise], [x_next]):
+        sample, (target,) = block.sample, block.outputs
+        x_piece, v_piece = block.inputs[:2]
+        is_float = target.dtype == torch.float32
+        drawn = target if is_float else next_scratch.like(target)
+        torch.mul(x_piece, of_x.at(sample), out=drawn)
+        add_scaled(drawn, [(v_piece, of_v.at(sample))], drawn)
         if noise is not None:
-            add_square_sums(sums, block, error(block, buffer))
+            add_scaled(drawn, [(block.inputs[2], of_noise.at(sample))], drawn)
+        if not is_float:
+            drawn.copy_(target.copy_(drawn))
+        if noise is not None:
+            terms = [(x_piece, minus_x.at(sample)), (v_piece, minus_v.at(sample))]
+            error = add_scaled(drawn, terms, error_scratch.like(drawn))
+            add_square_sums(sums, sample, error)
     if noise is None:
         return x_next, torch.full_like(std, float("nan"))
-    return x_next, log_prob_of(sums, flat_x.shape[1], std, normalised).float()
+    return x_next, log_prob_of(sums, elements, std, normalised).float()
 
 
 def log_prob_of(square_sums: Tensor, elements: int, std: Tensor, normalised: bool) -> Tensor:

@@ -68,9 +68,7 @@ def _fmha() -> Any:
     try:
         return importlib.import_module("xformers.ops.fmha")
     except ImportError as error:
-        raise MissingDependencyError(
-            'impl "xformers" needs xformers: pip install "arr-fast[cuda]"'
-        ) from error
+        raise MissingDependencyError("xformers", "cuda") from error
 
 
 def _partial(fmha: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

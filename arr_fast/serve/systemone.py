@@ -103,12 +103,12 @@ def chat_question(name: str, question: Question) -> ChatQuestion:
     if asked:
         lines.append(f"Question: {asked}")
     if isinstance(question, NoulQuestion):
-        labels: tuple[str, ...] = ("yes", "no")
+        labels: tuple[str, ...] = ("Yes", "No")
         criteria = question.criteria or NoulCriteria()
         for label, meaning in zip(labels, (criteria.true, criteria.false), strict=True):
             if _words(meaning).strip():
                 lines.append(f"{label} means: {_words(meaning)}")
-        lines.append("Reply with yes or no.")
+        lines.append("Reply with Yes or No.")
     elif isinstance(question, ChoiceQuestion):
         labels = tuple(string.ascii_uppercase[: len(question.criteria)])
         for label, (option, detail) in zip(labels, question.criteria.items(), strict=True):

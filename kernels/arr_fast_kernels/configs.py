@@ -126,9 +126,9 @@ def attention_config(arch: str, head_dim: int, dtype: torch.dtype) -> AttentionC
         head_dim: D.
         dtype: of q, k and v.
     """
+    padded = max(padded_head_dim(head_dim), 64)
     if arch == "interpret":
         return _INTERPRET
-    padded = max(padded_head_dim(head_dim), 64)
     config = _ATTENTION[arch][padded]
     if dtype == torch.float32:
         return AttentionConfig(
@@ -159,7 +159,7 @@ def rows_per_tile(group: int, head_dim: int, arch: str | torch.device) -> int:
 def vocab_config(arch: str, rows: int, dtype: torch.dtype) -> VocabConfig:
     """Returns the shipped configuration of the verdict head's vocabulary kernel."""
     if arch == "interpret":
-        return _V(16, 32, 32, 1, 1, "small blocks: many edges in small tests")
+        return _V(16, 128, 64, 1, 1, "small blocks: many edges in small tests")
     config = _VOCAB_FEW_ROWS if rows < 64 else _VOCAB[arch]
     if dtype == torch.float32:
         return _V(config.block_n, config.block_v, 32, config.num_warps, 2, "fp32: half the columns")

@@ -97,7 +97,7 @@ def test_cache_is_keyed_by_the_whole_spec(model_cache: Path) -> None:
         ("random:gpt-tiny", "unknown family 'gpt'"),
         ("random:qwen3_vl-huge", "unknown size 'huge'"),
         ("random:qwen3_vl-tiny[colour=3]", "unknown option 'colour'"),
-        ("random:qwen3_vl-tiny[heads=3,kv_heads=2]", "no multiple"),
+        ("random:qwen3_vl-tiny[heads=3,kv_heads=2]", "must be a multiple"),
         ("random:qwen3_vl-tiny[tied=maybe]", "true or false"),
     ],
 )

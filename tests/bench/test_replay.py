@@ -117,7 +117,8 @@ def test_router_gaps(model_cache: Path, tiny_qwen3: str) -> None:
     for number, (module, kept) in enumerate(routers):
         rows = kept[0].reshape(-1, kept[0].shape[-1])
         rows = rows[-1:] if number == len(routers) - 1 else rows
-        top = (rows @ module.weight.T).topk(module.top_k + 1).values
+        with torch.inference_mode():
+            top = (rows @ module.weight.T).topk(module.top_k + 1).values
         gaps.append(float((top[:, -2] - top[:, -1]).min()))
     assert gap == pytest.approx(min(gaps), abs=1e-6)
     assert Replayer.from_pretrained(tiny_qwen3).router_gaps(trace) == float("inf")

@@ -3,8 +3,6 @@ triton in tests/kernels/interpret."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from arr_fast.ops.rpo_loss import rpo_loss
@@ -67,11 +65,14 @@ def check_loss(
     guard: bool = False,
     normalised: bool = True,
     with_ref: bool = True,
-    seed: int = 3,
-    **changes: Any,
+    quadrants: bool = False,
 ) -> None:
-    """Loss, diagnostics and dv: err(impl, fp64) <= err(eager fp32, fp64) + a bound from eps."""
-    inputs = {**rpo_inputs(shape, dtype, seed, kind=kind), **changes}
+    """Loss, diagnostics and dv: err(impl, fp64) <= err(eager fp32, fp64) + a bound from eps.
+
+    `quadrants` puts rho near 0.74 and 1.35 under either sign of the advantage: a clip of 0.2
+    binds on both sides, and on both sides is passed without binding.
+    """
+    inputs = rpo_inputs(shape, dtype, 3, kind=kind)
     options = {
         "kind": kind,
         "kl": kl,
@@ -83,7 +84,13 @@ def check_loss(
     if not normalised:
         mean, std = published_step(kind, inputs["x"], inputs["v_old"], *sigmas(shape[0]))
         inputs["log_prob_old"] = published_log_prob(inputs["x_next"], mean, std, False).float()
+    if quadrants:
+        index = torch.arange(shape[0])
+        inputs["log_prob_old"] += torch.where(index % 4 < 2, 0.3, -0.3)
+        inputs["advantage"] = torch.where(index % 2 == 0, 1.5, -0.7)
     exact, exact_grad = published_loss(inputs, **options)
+    if quadrants:
+        assert exact["clipped"].tolist() == [1.0] * shape[0]
     eager, eager_grad = published_loss(inputs, **options, dtype=torch.float32)
     v = inputs["v"].detach().clone().requires_grad_()
     result = rpo_loss(

@@ -17,7 +17,7 @@ from arr_fast.serve.failures import DeadlineError, DrainingError, QueueFullError
 from arr_fast.serve.metrics import Metrics
 from arr_fast.serve.settings import ServeSettings
 from tests.engine import scenes
-from tests.serve.running import SlowJudge, assert_close, b64, compare_body, pair, running
+from tests.serve.running import SlowJudge, assert_close, compare_body, pair, running
 
 
 def call(seed: int, criteria: int = 2, **options) -> CompareCall:
@@ -244,7 +244,9 @@ def test_over_http_a_client_that_leaves_is_not_judged(judge):
         assert slow.entered.wait(10.0)
         content = json.dumps(compare_body(2)).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as leaver:
-            head = f"POST /v1/judge/compare HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+            head = (
+                f"POST /v1/judge/compare HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+            )
             leaver.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
             wait_for(lambda: server.metric("arr_fast_queue_requests") == 1)
         refused = "arr_fast_refused_total"
@@ -271,8 +273,3 @@ def test_over_http_stopping_serves_the_accepted(judge):
         assert accepted.result().status_code == 200
         spare.close()
     assert slow.calls == [1]
-
-
-def test_images_are_decoded_outside_the_event_loop(server):
-    body = compare_body(1, images_a=[b64(scenes.image(700, 700, 5))])
-    assert server.http.post("/v1/judge/compare", json=body).status_code == 200

@@ -67,7 +67,9 @@ def test_score_equals_the_judge(server, judge):
 
 
 def test_rank_equals_the_judge(server, judge):
-    groups = [[scenes.image(56, 56, 10 * n + i) for i in range(size)] for n, size in ((1, 3), (2, 2))]
+    groups = [
+        [scenes.image(56, 56, 10 * n + i) for i in range(size)] for n, size in ((1, 3), (2, 2))
+    ]
     rubric = scenes.rubric(2)
     answer = server.http.post(
         "/v1/judge/rank",

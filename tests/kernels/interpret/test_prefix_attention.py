@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -95,12 +96,12 @@ def siblings(prefix: int, lengths: list[int], *, cached: bool = False) -> list[N
 )
 def test_heads(query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     group = query_heads // kv_heads
-    trees = [siblings(37, [5, 1, 13, 7]), siblings(9, [3])]
+    trees = [siblings(19, [5, 1, 8], cached=True), siblings(9, [3])]
     forest = pack(trees, rows_per_tile=rows_of(group))
     check(forest, query_heads=query_heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
 
 
-@pytest.mark.parametrize("prefix", [1, 15, 16, 17, 63, 127])
+@pytest.mark.parametrize("prefix", [1, 15, 16, 17, 63])
 @pytest.mark.parametrize("cached", [False, True], ids=["new", "cached"])
 def test_block_edges(prefix: int, cached: bool) -> None:
     forest = pack([siblings(prefix, [1, 16, 17, 31], cached=cached)], rows_per_tile=rows_of(2))
@@ -146,10 +147,10 @@ def test_padding_rows_and_tiles() -> None:
     check(forest, query_heads=4, kv_heads=2, head_dim=64, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("split_tokens", [1, 16, 20, 33])
+@pytest.mark.parametrize("split_tokens", [5, 16, 33])
 @pytest.mark.parametrize("cached", [False, True], ids=["new", "cached"])
 def test_splits_merge_to_one_softmax(split_tokens: int, cached: bool) -> None:
-    trees = [siblings(50, [5, 9, 30], cached=cached), siblings(20, [3, 3])]
+    trees = [siblings(40, [5, 9, 14], cached=cached), siblings(20, [3, 3])]
     whole = pack(trees, rows_per_tile=rows_of(2))
     split = pack(trees, rows_per_tile=rows_of(2), split_tokens=split_tokens, padding_tiles=2)
     assert int(split.tiles[:, 5].max()) > 0 and int(whole.tiles[:, 5].max()) == -1
@@ -172,23 +173,36 @@ def test_non_contiguous_inputs() -> None:
 @pytest.mark.parametrize("block_m", [64, 128])
 def test_shipped_block_sizes(block_m: int) -> None:
     config = replace(CONFIG, block_m=block_m, block_n=64)
-    forest = pack([siblings(130, [13] * 11)], rows_per_tile=rows_of(4, config))
+    forest = pack([siblings(130, [13] * 11, cached=True)], rows_per_tile=rows_of(4, config))
     check(forest, query_heads=8, kv_heads=2, head_dim=64, dtype=torch.float16, config=config)
 
 
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    seed=st.integers(0, 2**31),
-    depth=st.integers(1, 4),
-    trees=st.integers(1, 3),
-    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 1), (6, 2), (7, 1)]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-    cached=st.booleans(),
-    split_tokens=st.sampled_from([None, None, 7, 16]),
-)
-def test_random_forests(
+FOREST_ARGUMENTS = {
+    "seed": st.integers(0, 2**31),
+    "depth": st.integers(1, 4),
+    "trees": st.integers(1, 3),
+    "heads": st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 1), (6, 2), (7, 1)]),
+    "dtype": st.sampled_from([torch.float32, torch.float16]),
+    "cached": st.booleans(),
+    "split_tokens": st.sampled_from([None, None, 7, 16]),
+}
+QUIET = [HealthCheck.function_scoped_fixture]
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=QUIET)
+@given(**FOREST_ARGUMENTS)
+def test_random_forests(**drawn: Any) -> None:
+    check_random_forest(**drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=QUIET)
+@given(**FOREST_ARGUMENTS)
+def test_many_random_forests(**drawn: Any) -> None:
+    check_random_forest(**drawn)
+
+
+def check_random_forest(
     seed: int,
     depth: int,
     trees: int,
@@ -199,7 +213,7 @@ def test_random_forests(
 ) -> None:
     rng = random.Random(seed)
     drawn = [
-        random_nodes(rng, depth=depth, max_children=3, max_length=24, cached=cached)
+        random_nodes(rng, depth=depth, max_children=3, max_length=20, cached=cached)
         for _ in range(trees)
     ]
     forest = pack(
@@ -208,6 +222,6 @@ def test_random_forests(
         split_tokens=split_tokens,
         padding_rows=2,
     )
-    if forest.real_rows == 0 or forest.tiles.shape[0] > 400:
+    if forest.real_rows == 0 or forest.tiles.shape[0] > 60:
         return
     check(forest, query_heads=heads[0], kv_heads=heads[1], head_dim=64, dtype=dtype, seed=seed)

@@ -77,7 +77,7 @@ def check(
         (1, 64, (1, 1), 0),
         (5, 100, (2, 1), 33),
         (17, 130, (3, 4), 1100),
-        (33, 257, (1, 2, 5), 511),
+        (19, 257, (1, 2, 5), 511),
         (3, 128, (31, 33), 513),
     ],
     ids=str,
@@ -118,9 +118,9 @@ def test_non_contiguous_inputs() -> None:
 
 
 def test_batch_of_n_equals_n_batches_of_one() -> None:
-    arguments = draw(9, 64, (1, 1), 600, torch.float32)
+    arguments = draw(5, 64, (1, 1), 600, torch.float32)
     together = verdict_head(**arguments, eps=1e-6, unit_offset=False)
-    for row in range(9):
+    for row in range(5):
         alone = verdict_head(
             **{**arguments, "hidden": arguments["hidden"][row : row + 1]},
             eps=1e-6,

@@ -1,0 +1,163 @@
+"""How the op suites measure: interleaved rounds, peak memory of allocations, one CSV row a number.
+
+`ARR_FAST_BENCH_CSV=path` appends a row per implementation; `python -m benches.plot_ops path out.png`
+draws it. On a GPU every timed call ends with a synchronisation, else the host is timed.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from arr_fast.bench.rows import environment
+
+ROUNDS = int(os.environ.get("ARR_FAST_BENCH_ROUNDS", "9"))
+
+
+@dataclass(frozen=True, slots=True)
+class OpRow:
+    """One implementation of one op at one shape; seconds are those of one call.
+
+    `ratio` is the median over rounds of this one's seconds over ours in the same round.
+    """
+
+    op: str
+    impl: str
+    shape: str
+    dtype: str
+    rounds: int
+    seconds: float
+    seconds_p20: float
+    seconds_p80: float
+    ratio: float
+    peak_bytes: int | None
+    threads: int
+    device: str
+    torch: str
+    commit: str
+    time: str
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int = ROUNDS
+) -> dict[str, list[float]]:
+    """Times every contender once a round, in turn, after one warm-up call each.
+
+    Returns:
+        Name -> seconds per round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    synchronise()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            synchronise()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronise() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_allocated(run: Callable[[], Any]) -> int:
+    """Most bytes that one call holds above what was held before it, from the allocator's own
+    events.
+    """
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronise()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    kineto = trace.profiler.kineto_results  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted(kineto.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def report(
+    benchmark: Any,
+    op: str,
+    shape: str,
+    dtype: torch.dtype,
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    ours: str = "ours",
+    with_memory: bool = True,
+) -> dict[str, float]:
+    """Times contenders, gives ours to pytest-benchmark, appends CSV rows, and returns ratios to
+    ours.
+    """
+    seconds = interleave(runs)
+    peaks = {name: peak_allocated(run) if with_memory else None for name, run in runs.items()}
+    ratios = {
+        name: median(a / b for a, b in zip(each, seconds[ours], strict=True))
+        for name, each in seconds.items()
+    }
+    where = environment(torch.get_num_threads())
+    rows = []
+    for name, each in seconds.items():
+        cuts = quantiles(each, n=10) if len(each) > 1 else each * 9
+        rows.append(
+            OpRow(
+                op=op,
+                impl=name,
+                shape=shape,
+                dtype=str(dtype).removeprefix("torch."),
+                rounds=len(each),
+                seconds=median(each),
+                seconds_p20=cuts[1],
+                seconds_p80=cuts[7],
+                ratio=ratios[name],
+                peak_bytes=peaks[name],
+                **{k: where[k] for k in ("threads", "device", "torch", "commit", "time")},
+            )
+        )
+    append(rows)
+    for row in rows:
+        benchmark.extra_info[row.impl] = {"ratio": row.ratio, "peak_bytes": row.peak_bytes}
+        print(
+            f"{op} {shape} {row.impl}: {row.seconds * 1e3:.2f} ms, x{row.ratio:.2f}, {row.peak_bytes}"
+        )
+
+    def timed() -> None:
+        runs[ours]()
+        synchronise()
+
+    benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=1)
+    return ratios
+
+
+def append(rows: list[OpRow]) -> None:
+    """Appends rows to the file that ARR_FAST_BENCH_CSV names, if any."""
+    target = os.environ.get("ARR_FAST_BENCH_CSV")
+    if not target:
+        return
+    path = Path(target)
+    is_new = not path.exists()
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(OpRow)])
+        if is_new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
