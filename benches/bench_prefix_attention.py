@@ -1,8 +1,8 @@
 """prefix_attention against masked SDPA and K separate SDPA calls: `pytest
 benches/bench_prefix_attention.py`.
 
-One prefix and K = 20 criteria of 13 to 40 tokens; 8 query heads over 4. On a GPU flash-attn (our backend)
-and FlexAttention join. The gate is dense attention in float64 on the same inputs.
+One prefix and K = 20 criteria of 13 to 40 tokens; 8 query heads over 4. On a GPU flash-attn (our
+backend) and FlexAttention join. The gate is dense attention in float64 on the same inputs.
 """
 
 from __future__ import annotations

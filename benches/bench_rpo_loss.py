@@ -88,7 +88,7 @@ def eager_loss(
     advantage: Tensor,
     kl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The step and loss as DanceGRPO and the ARR reference write them, autograd for the gradient."""
+    """The step and loss as DanceGRPO and the ARR reference write them, with autograd."""
     std = ETA * torch.sqrt(sigma - sigma_next)[:, None, None]
 
     def mean_of(velocity: Tensor) -> Tensor:

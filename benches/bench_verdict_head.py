@@ -1,6 +1,7 @@
 """verdict_head against the full language-model head: `pytest benches/bench_verdict_head.py`.
 
-40 read rows of a Qwen3-VL-2B shaped head (hidden 2048); the CPU run cuts the vocabulary to 32,000 rows.
+40 read rows of a Qwen3-VL-2B shaped head (hidden 2048); the CPU run cuts the vocabulary to 32,000
+rows.
 """
 
 from __future__ import annotations

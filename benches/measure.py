@@ -1,7 +1,7 @@
 """How the op suites measure: interleaved rounds, peak memory of allocations, one CSV row a number.
 
-`ARR_FAST_BENCH_CSV=path` appends a row per implementation; `python -m benches.plot_ops path out.png`
-draws it. On a GPU every timed call ends with a synchronisation, else the host is timed.
+`ARR_FAST_BENCH_CSV=path` appends a row per implementation; `python -m benches.plot_ops path
+out.png` draws it. On a GPU every timed call ends with a synchronisation, else the host is timed.
 """
 
 from __future__ import annotations

@@ -214,6 +214,7 @@ def _sized(family: str, size: str) -> RandomModelSpec:
             tied=True,
             vocab=4096,
             calibration_pixels=512,
+            log_odds_std=1.2,
             vision_depth=5,
             vision_hidden=256,
             vision_heads=4,

@@ -112,4 +112,4 @@ def assign_folds(clusters: np.ndarray, folds: int, seed: int) -> np.ndarray:
     order = np.random.default_rng(seed).permutation(count)
     fold_of = np.empty(count, dtype=int)
     fold_of[order] = np.arange(count) % max(min(folds, count), 1)
-    return fold_of[clusters]
+    return np.asarray(fold_of[clusters])

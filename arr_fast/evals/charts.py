@@ -142,16 +142,17 @@ def ablation_plot(
         random: Mean over random K.
     """
     ends = [v for row in first for v in row if np.isfinite(v)] + list(random)
-    low = np.floor((min(ends) - 0.005) * 20) / 20
-    high = min(1.0, np.ceil((max(ends) + 0.005) * 20) / 20)
+    low = float(np.floor((min(ends) - 0.005) * 20)) / 20
+    high = max(min(1.0, float(np.ceil((max(ends) + 0.005) * 20)) / 20), low + 0.05)
+    step = 0.05 if high - low < 0.31 else 0.1
     top = max(counts)
     plot = Plot(
         (0.0, max(top * 1.05, 1.5)),
-        (float(low), float(max(high, low + 0.05))),
+        (low, high),
         ("criteria", "mean accuracy"),
         "accuracy against the number of criteria",
     )
-    plot.ticks(list(counts), np.linspace(*plot.y, 5).round(4).tolist(), ".3g")
+    plot.ticks(list(counts), np.arange(low, high + 1e-9, step).round(2).tolist())
     if all(np.isfinite(row).all() for row in first):
         upper = [(k, row[2]) for k, row in zip(counts, first, strict=True)]
         lower = [(k, row[1]) for k, row in zip(counts, first, strict=True)]

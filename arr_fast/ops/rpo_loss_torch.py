@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arr_fast.ops.latent_blocks import Scalars, Scratch, add_scaled, add_square_sums, blocks
+from arr_fast.ops.latent_blocks import Scalars, Scratch, SquareSums, add_scaled, blocks
 from arr_fast.ops.sde_step_torch import log_prob_of
 
 
@@ -34,17 +34,15 @@ def rpo_loss_torch(
     minus_one = Scalars(-torch.ones_like(std))
     latents = {"v": v, "x": x, "x_next": x_next}
     latents |= {k: t for k, t in (("v_ref", v_ref), ("v_old", v_old)) if t is not None}
-    sums = {
-        name: torch.zeros(v.shape[0], dtype=torch.float64, device=v.device)
-        for name in ("error", *(n for n in ("v_ref", "v_old") if n in latents))
-    }
+    names = ("error", *(n for n in ("v_ref", "v_old") if n in latents))
+    sums = {name: SquareSums(v) for name in names}
     scratch = Scratch()
     for block in blocks(list(latents.values())):
         sample = block.sample
         piece = dict(zip(latents, block.inputs, strict=True))
         out = scratch.like(piece["v"])
         step = [(piece["x"], minus_x.at(sample)), (piece["v"], minus_v.at(sample))]
-        add_square_sums(sums["error"], sample, add_scaled(piece["x_next"], step, out))
+        sums["error"].add(sample, add_scaled(piece["x_next"], step, out))
         for name in ("v_ref", "v_old"):
             if name not in latents:
                 continue
@@ -53,9 +51,9 @@ def rpo_loss_torch(
                 add_scaled(piece["x_next"], terms, out)
             else:
                 add_scaled(piece["v"], [(piece[name], minus_one.at(sample))], out)
-            add_square_sums(sums[name], sample, out)
+            sums[name].add(sample, out)
     return _finalise(
-        sums,
+        {name: each.total() for name, each in sums.items()},
         v[0].numel(),
         v_scale.double(),
         std,

@@ -1,4 +1,4 @@
-"""The PyTorch implementation of sde_step: cache-sized blocks on a CPU, plain operations on a GPU."""
+"""The PyTorch implementation of sde_step: cache-sized blocks on a CPU, whole latents on a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from arr_fast.ops.latent_blocks import Scalars, Scratch, add_scaled, add_square_sums, blocks
+from arr_fast.ops.latent_blocks import Scalars, Scratch, SquareSums, add_scaled, blocks
 from arr_fast.ops.philox import philox_normal
 
 
@@ -24,8 +24,8 @@ def sde_step_torch(
 ) -> tuple[Tensor, Tensor]:
     """`sde_step` with float32 arithmetic; x' is rounded to x's dtype before log_prob.
 
-    The error x' - mu is formed as rpo_loss forms it, in the same order and the same blocks, so that the
-    ratio of an unchanged policy is exactly 1.
+    The error x' - mu is formed as rpo_loss forms it, in the same order and the same blocks, so that
+    the ratio of an unchanged policy is exactly 1.
     """
     x_next = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     elements = x[0].numel()
@@ -33,7 +33,7 @@ def sde_step_torch(
         noise = philox_normal(seed, elements).view(x.shape)
     of_x, of_v, of_noise = Scalars(x_scale), Scalars(v_scale), Scalars(std)
     minus_x, minus_v = Scalars(-x_scale), Scalars(-v_scale)
-    sums = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+    sums = SquareSums(x)
     next_scratch, error_scratch = Scratch(), Scratch()
     for block in blocks([x, v] if noise is None else [x, v, noise], [x_next]):
         sample, (target,) = block.sample, block.outputs
@@ -49,10 +49,10 @@ def sde_step_torch(
         if noise is not None:
             terms = [(x_piece, minus_x.at(sample)), (v_piece, minus_v.at(sample))]
             error = add_scaled(drawn, terms, error_scratch.like(drawn))
-            add_square_sums(sums, sample, error)
+            sums.add(sample, error)
     if noise is None:
         return x_next, torch.full_like(std, float("nan"))
-    return x_next, log_prob_of(sums, elements, std, normalised).float()
+    return x_next, log_prob_of(sums.total(), elements, std, normalised).float()
 
 
 def log_prob_of(square_sums: Tensor, elements: int, std: Tensor, normalised: bool) -> Tensor:

@@ -8,9 +8,18 @@ from typing import Literal
 
 import numpy as np
 
-from arr_fast.shapes.scene import COLOURS, SHAPES, Scene, SceneObject, Split
-from arr_fast.shapes.scene import HELD_OUT_COMBINATIONS, make_object, sample_background
-from arr_fast.shapes.scene import sample_kind, with_object
+from arr_fast.shapes.scene import (
+    COLOURS,
+    HELD_OUT_COMBINATIONS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    Split,
+    make_object,
+    sample_background,
+    sample_kind,
+    with_object,
+)
 
 Relation = Literal["left", "right", "above", "below"]
 RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")

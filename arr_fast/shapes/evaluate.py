@@ -215,14 +215,19 @@ def summarise(
         },
         "ties": {
             "criteria": len(ties),
-            "within_1_single": _mean(abs(z) <= TIE_BOUND for r in ties for z in (r.forward, r.reverse)),
+            "within_1_single": _mean(
+                abs(z) <= TIE_BOUND for r in ties for z in (r.forward, r.reverse)
+            ),
             "within_1_both": _mean(abs(r.preference) <= TIE_BOUND for r in ties),
         },
         "pointwise": {
             "criteria": len(points),
             "accuracy": _mean((p.log_odds > 0) == p.truth for p in points),
             "kinds": {
-                kind: {"criteria": len(ps), "accuracy": _mean((p.log_odds > 0) == p.truth for p in ps)}
+                kind: {
+                    "criteria": len(ps),
+                    "accuracy": _mean((p.log_odds > 0) == p.truth for p in ps),
+                }
                 for kind, ps in sorted(point_kinds.items())
             },
         },
@@ -248,12 +253,13 @@ def print_tables(figures: dict[str, Any], console: Console) -> None:
         table.add_row(kind, *cells)
     console.print(table)
     lines = {
-        "pairwise, forward / reverse / both orders": "accuracy_forward accuracy_reverse accuracy_both",
-        "pairwise, first / second shown wins": "accuracy_first_wins accuracy_second_wins",
-        "consistent over both orders": "consistency",
+        "pairwise, forward / reverse / both": ("forward", "reverse", "both"),
+        "pairwise, first / second shown wins": ("first_wins", "second_wins"),
     }
     for name, keys in lines.items():
-        console.print(f"{name}: " + " / ".join(f"{pairwise[k]:.1%}" for k in keys.split()))
+        values = (pairwise[f"accuracy_{key}"] for key in keys)
+        console.print(f"{name}: " + " / ".join(f"{v:.1%}" for v in values))
+    console.print(f"consistent over both orders: {pairwise['consistency']:.1%}")
     ties = figures["ties"]
     console.print(
         f"ties within {TIE_BOUND} of zero, one order / both: "

@@ -101,7 +101,9 @@ class VisionForward:
         heads: int = attn.num_heads  # type: ignore[assignment]
         q, k, v = attn.qkv(hidden).view(count, places, 3, heads, -1).unbind(2)  # type: ignore[operator]
         q, k = apply_rotary_pos_emb_vision(q, k, self._cos, self._sin)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        )
         return attn.proj(out.transpose(1, 2).reshape(count, places, width))  # type: ignore[operator,no-any-return]
 
 

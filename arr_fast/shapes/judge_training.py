@@ -107,6 +107,21 @@ class JudgeLoss:
 
 
 @torch.no_grad()
+def evaluate_reading(loss: JudgeLoss, seed: int, rows: int) -> dict[str, float]:
+    """Accuracy of yes/no criteria on fresh training-like pictures, per kind, and caption loss."""
+    rng = np.random.default_rng([seed, 99])
+    hits: dict[str, list[float]] = defaultdict(list)
+    for _ in range(0, rows, 4):
+        batch, patches = loss.maker.reading_batch(rng, 4)
+        hits["caption"].append(float(loss.losses(batch, patches, 1.0, 0.0)["caption"]))
+        for verdict, z in zip(batch.verdicts, loss.log_odds(batch, patches).tolist(), strict=True):
+            hit = float((z > 0) == (verdict.first > 0.5))
+            hits["read"].append(hit)
+            hits[f"read/{verdict.kind}"].append(hit)
+    return {k: float(np.mean(v)) for k, v in sorted(hits.items())}
+
+
+@torch.no_grad()
 def evaluate(loss: JudgeLoss, seed: int, rows: int) -> dict[str, float]:
     """Accuracy on held-out scenes and phrasings: pairwise and pointwise, per kind, and ties.
 

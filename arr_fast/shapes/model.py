@@ -17,6 +17,7 @@ PATCH = 8
 MERGE = 2
 IMAGE_TOKENS = (SIDE // PATCH // MERGE) ** 2
 VOCABULARY_ROWS = 2048
+MATCHING_SCALE = 0.28
 
 
 def build_config(tokenizer: Any) -> Qwen3VLConfig:
@@ -76,6 +77,7 @@ def build_model(tokenizer: Any, seed: int) -> Qwen3VLForConditionalGeneration:
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(build_config(tokenizer))
     model.config.text_config._attn_implementation = "sdpa"
+    _start_by_matching(model, seed)
     with torch.no_grad():
         table = model.get_input_embeddings().weight
         table.copy_(torch.nn.functional.normalize(torch.randn_like(table), dim=-1))
@@ -83,6 +85,41 @@ def build_model(tokenizer: Any, seed: int) -> Qwen3VLForConditionalGeneration:
             merger.linear_fc2.weight.zero_()
             merger.linear_fc2.bias.zero_()
     return model
+
+
+def _start_by_matching(model: Qwen3VLForConditionalGeneration, seed: int) -> None:
+    """Lets attention begin as a search for like content, and its output as a copy of it.
+
+    Queries and keys of a head share one random projection, values and output another (mimetic
+    initialisation, arXiv 2305.09828): a word of a criterion attends at once to image tokens that
+    contain the word.
+    """
+    text = model.config.text_config
+    hidden, size = text.hidden_size, text.head_dim
+    kv_heads = text.num_key_value_heads
+    shared = text.num_attention_heads // kv_heads
+    generator = torch.Generator().manual_seed(seed)
+
+    def projections() -> torch.Tensor:
+        square = torch.randn(hidden, kv_heads * size, generator=generator)
+        return torch.linalg.qr(square)[0].T.reshape(kv_heads, size, hidden) * MATCHING_SCALE
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.01
+
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            attention = layer.self_attn
+            match, copy = projections(), projections()
+            key, value = match.flatten(0, 1), copy.flatten(0, 1)
+            query = match.repeat_interleave(shared, 0).flatten(0, 1)
+            output = copy.repeat_interleave(shared, 0).flatten(0, 1).T
+            attention.k_proj.weight.copy_(key + noise(*key.shape))
+            attention.q_proj.weight.copy_(query + noise(*query.shape))
+            attention.v_proj.weight.copy_(value)
+            attention.o_proj.weight.copy_(output)
+            attention.q_norm.weight.fill_(0.9)
+            attention.k_norm.weight.fill_(0.9)
 
 
 def image_processor() -> Qwen2VLImageProcessorPil:

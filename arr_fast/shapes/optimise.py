@@ -12,7 +12,7 @@ from torch import Tensor, nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrix: Tensor, steps: int = 4) -> Tensor:
     """The nearest orthogonal matrix, roughly: Newton-Schulz iterations of Muon (Jordan, 2024).
 
     Computed in float32, since bfloat16 products are emulated on most CPUs.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from arr_fast.shapes.captions import RELATIONS, Caption, Edit, describe, sample_edit
+from arr_fast.shapes.captions import RELATIONS, Edit, describe, sample_edit
 from arr_fast.shapes.claims import Claim, Context
 from arr_fast.shapes.grammar import wording
 from arr_fast.shapes.scene import (
@@ -104,7 +104,9 @@ def _resize(rng: np.random.Generator, scene: Scene, _: Split) -> Scene | None:
     if not large:
         return None
     i = large[int(rng.integers(len(large)))]
-    return with_object(scene, i, size="small", radius=RADII["small"] * float(rng.uniform(0.94, 1.06)))
+    return with_object(
+        scene, i, size="small", radius=RADII["small"] * float(rng.uniform(0.94, 1.06))
+    )
 
 
 def _remove(rng: np.random.Generator, scene: Scene, _: Split) -> Scene | None:
@@ -206,9 +208,7 @@ CONTENT_CHANGES: tuple[Change, ...] = (
 QUALITY_CHANGES: tuple[Change, ...] = (_blur, _grain, _hide, _cut)
 
 
-def _changed(
-    rng: np.random.Generator, scene: Scene, split: Split, degraded: float = 0.4
-) -> Scene:
+def _changed(rng: np.random.Generator, scene: Scene, split: Split, degraded: float = 0.4) -> Scene:
     """A picture of the caption: as it says, or with content and quality changes."""
     out = scene
     if rng.random() < 0.3:
@@ -378,4 +378,3 @@ def single_picture(example: Example, which: int) -> Example:
     """The pointwise example of one picture of a pair, with the pair's criteria."""
     criteria = tuple(replace(c, truths=(c.truths[which],)) for c in example.criteria)
     return replace(example, scenes=(example.scenes[which],), criteria=criteria)
-

@@ -15,6 +15,7 @@ from arr_fast import prompts
 from arr_fast.prompts import PromptEncoder
 from arr_fast.shapes import easy_vqa
 from arr_fast.shapes.captions import NUMBERS
+from arr_fast.shapes.claims import Context
 from arr_fast.shapes.forward import patchify
 from arr_fast.shapes.packing import (
     PackedBatch,
@@ -28,8 +29,10 @@ from arr_fast.shapes.packing import (
 from arr_fast.shapes.pairs import (
     KIND_WEIGHTS,
     Example,
+    choose_criteria,
     sample_edit_pair,
     sample_pair,
+    sample_picture,
     single_picture,
 )
 from arr_fast.shapes.render import render
@@ -37,7 +40,10 @@ from arr_fast.shapes.scene import Scene, Split
 
 THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
 ROW_TOKENS = 352
+READING_TOKENS = 90
+READING_CRITERIA = 3
 LARGE_SIDES = (96, 128, 256)
+
 
 def make_encoder(tokenizer: Any) -> PromptEncoder:
     """The prompt encoder of the bundled judge's tokenizer."""
@@ -149,6 +155,39 @@ class BatchMaker:
             kind = names[int(rng.choice(len(names), p=shares / shares.sum()))]
             self._fill(rng, kind, packer, images, split)
         return packer.finish(), patchify(images)
+
+    def reading_batch(self, rng: np.random.Generator, rows: int) -> tuple[PackedBatch, Tensor]:
+        """Rows of single training pictures under a short prompt: a caption and a few criteria.
+
+        Args:
+            rng: Source of chance.
+            rows: How many rows.
+        """
+        packer = RowPacker(self.length)
+        images: list[Image.Image] = []
+        for _ in range(rows):
+            packer.new_row()
+            while packer.free > READING_TOKENS:
+                scene = sample_picture(rng, "train")
+                packer.add(self._reading_tree(rng, scene, len(images)))
+                side = 64 if rng.random() < 0.85 else int(rng.choice(LARGE_SIDES))
+                images.append(render(scene, side))
+        return packer.finish(), patchify(images)
+
+    def _reading_tree(self, rng: np.random.Generator, scene: Scene, number: int) -> Tree:
+        parts: list[prompts.Part] = ["Image: ", prompts.ImageSlot(0)]
+        answer = self._encode(describe_picture(scene))
+        paths = [encode_path(self.encoder, [*parts, "\nDescribe Image."], 1, answer)]
+        verdicts: list[Verdict | None] = [None]
+        chosen = choose_criteria(rng, (scene,), Context(), "train", READING_CRITERIA, KIND_WEIGHTS)
+        for criterion in chosen:
+            leaf = prompts.criterion_leaf(criterion.text)
+            paths.append(encode_path(self.encoder, [*parts, leaf], 1))
+            truth = float(criterion.truths[0])
+            verdicts.append(Verdict(criterion.kind, truth, (truth, float("nan"))))
+        answers = (len(answer), *[0] * len(chosen))
+        prefix = shared_prefix(paths) if chosen else len(paths[0].ids) - len(answer) - 1
+        return Tree(tuple(paths), prefix, tuple(verdicts), answers, (number,), False)
 
     def _fill(
         self,

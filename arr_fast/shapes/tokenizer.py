@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -47,65 +48,22 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
-# Words that easy-VQA asks with, that the dense captions of training use, and that general rubrics
-# and rubric writing need.
-EXTRA_WORDS = """
-user assistant system Yes No yes no Caption Image Criterion Criteria Instruction Source Describe
-what does not shape shapes present contain rectangle teal black brown gray grey pink
-left right top bottom center middle corner half side upper lower row column front behind between
-next near far inside outside around over under beside touching apart overlap overlapping close
-large small medium big tiny huge size sizes larger smaller same different equal
-sharp blurry blur clean noisy noise grain whole cut covered hidden clear visible invisible free
-object objects thing things item items element elements colour colours color colors background
-red green blue yellow purple orange white beige navy dark light bright pale plain uniform
-all every each any some none nothing something everything only exactly at least most more less
-than fewer many few first second third last other another both neither either one zero
-is are was were be been has have had do did done can could should must may will would shall
-the a an of in on at to from with without for by as and or but if then that this these those it
-its there here which who when where why how into onto against beyond between within
-caption instruction image images picture pictures scene scenes photo frame edge edges border
-match matches matching follow follows show shows shown depict depicts describe describes
-described faithful correct correctly wrong right true false missing extra added removed changed
-unchanged kept preserved original edited edit edits change changes made asked requested
-count number position positions placement layout arrangement relation relations spatial
-arranged placed located appear appears look looks fits fit
-quality detail details artifact artifacts defect defects distortion distortions distorted
-realistic natural coherent consistent plausible lighting shadow shadows texture textures
-contrast saturation exposure composition balanced balance focus style aesthetic aesthetics
-appealing pleasing beautiful anatomy hands hand face faces body people person human text
-letters legible readable spelled attributes attribute subject subjects main action actions
-materials material seams seam blending blended artefact artefacts identity pose perspective
-viewpoint unrelated regions region area areas content contents overall whole part parts
-complete completely fully partly clearly well better best good bad poor high low
-theme Theme Tip tip tips criterion criteria rubric weight essential fine coarse mid level
-reason because therefore compare compared comparing preferred judge check checks verify
-write Write writes written list List lists answer Answer question Question general specific
-name names named state states mention mentions mentioned say says said contain contains
-color colored coloured tinted shade hue tone tones mood atmosphere intent requested user
-crisp smooth rough jagged aliasing compression banding watermark logo signature cropped crop
-accurate accurately exact exactness proportion proportions scale orientation rotated upright
-accident agree alone altered angle animal animals applied ask asks belongs bend binding blocked
-blocks bodies buildings built cartoon checked clipped competes connected consistency counts craft
-day depth direction editing expected extras eye eyes fabric faint field fingers floating focal
-formed framed framing fur garish generation gives glance hair halos harmony highlights implies
-interactions joins joints keep kind led lettering limbs markings melted merged met metal moved nor
-notice outline pairs patterns photograph place point poses prominent purpose recognised reflection
-reflections relative removal removes repeated replaces result season sensible setting sharpened
-sharpness skin smears so soundly space straight strength stronger structure such surroundings
-survives target task them throughout time too undistorted undone unimportant unless untouched
-watercolour waxy weather wood each Each Where
-symmetry symmetric centered centred aligned alignment spacing even evenly spread crowded empty
-""".split()
+WORDS_FILE = "data/words.txt"
 
 
 def domain_words() -> list[str]:
-    """Every word that the domain's texts use, sorted, as they stand (case kept)."""
+    """Every word that is one token, sorted, as it stands (case kept).
+
+    Beside the words of the domain's own texts: those of easy-VQA's questions, of the dense captions
+    of training, of the default rubrics, and of writing criteria (data/words.txt).
+    """
+    extra = (resources.files("arr_fast.shapes") / WORDS_FILE).read_text(encoding="utf-8")
     texts = [form for forms in PHRASINGS.values() for form in forms]
     texts += [PAIR_T2I, PAIR_EDIT, POINT_T2I, POINT_EDIT]
     texts += [*SHAPES, *COLOURS, *BACKGROUNDS, *RADII, *NUMBERS, *PLURALS.values()]
     texts += [word for ways in RELATION_WORDS.values() for word in ways]
     texts += ["Make Change Add Put Turn Replace Remove Take the away put a an A An into size"]
-    words = set(EXTRA_WORDS)
+    words = set(extra.split())
     for text in texts:
         words |= set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w\}", " ", text)))
     words |= {"a", "an", "with", "against", "of", "on", "to", "and", "As", "In"}

@@ -39,6 +39,8 @@ class Plan:
         seed: Seeds weights and data.
         vision_steps: Steps of stage 1.
         vision_batch: Pictures per step and worker of stage 1.
+        reading_steps: Steps of stage 2 on single pictures.
+        reading_rows: Packed rows per step and worker of those.
         judge_steps: Steps of stage 2.
         judge_rows: Packed rows per step and worker of stage 2.
         workers: Single-threaded processes that share every step.
@@ -50,6 +52,8 @@ class Plan:
     seed: int = 0
     vision_steps: int = 700
     vision_batch: int = 24
+    reading_steps: int = 600
+    reading_rows: int = 3
     judge_steps: int = 2000
     judge_rows: int = 5
     workers: int = 2
@@ -63,6 +67,8 @@ def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> fl
     fall = max(1, int(0.4 * steps))
     return min(1.0, (step + 1) / warmup, max(floor, (steps - step) / fall))
 
+
+STAGES = ("vision", "reading", "judge")
 
 # In stage 2 what stage 1 taught must last: words and the tower move slowly, deepstack is new.
 SLOWER = (("deepstack", 1.0), ("visual", 0.5), ("embed_tokens", 0.25))
@@ -131,7 +137,7 @@ class Run:
             evaluate: Scores on held-out data; called by worker 0.
             extra: What the state holds beside the model.
         """
-        number = {"vision": 1, "judge": 2}[stage]
+        number = STAGES.index(stage) + 1
         sums: dict[str, list[float]] = {}
         began = time.monotonic()
         for step in range(first, steps):
@@ -140,7 +146,8 @@ class Run:
             losses["loss"].backward()  # type: ignore[no-untyped-call]
             values = [float(v.detach()) for v in losses.values()]
             *means, stop = average_gradients(optimiser.parameters, [*values, float(self._stop)])
-            means.append(optimiser.step(schedule(step, steps)))
+            floor = 1.0 if stage == "reading" else 0.05
+            means.append(optimiser.step(schedule(step, steps, floor=floor)))
             for name, value in zip([*losses, "grad_norm"], means, strict=True):
                 sums.setdefault(name, []).append(value)
             done = step + 1
@@ -187,8 +194,8 @@ def train_vision(run: Run) -> None:
     run.loop("vision", first, plan.vision_steps, optimiser, loss, scores, extra)
 
 
-def train_decoder(run: Run) -> None:
-    """Stage 2."""
+def train_decoder(run: Run, stage: str) -> None:
+    """Stage 2: "reading" single pictures under short prompts, then the whole mix of "judge"."""
     plan, model = run.plan, run.model
     torch.manual_seed(plan.seed + 2)
     probes = judge_training.TruthProbes(model.config.text_config.hidden_size)
@@ -199,22 +206,29 @@ def train_decoder(run: Run) -> None:
         [*named, *probes.named_parameters()], muon_lr=0.02, adam_lr=1.5e-3, factors=SLOWER
     )
     first = 0
-    if run.saved is not None and run.saved["stage"] == "judge":
-        first = run.saved["step"]
+    if run.saved is not None and run.saved["stage"] in ("reading", "judge"):
         probes.load_state_dict(run.saved["probes"])
         optimiser.restore(run.saved["optimiser"])
+        first = run.saved["step"] if run.saved["stage"] == stage else 0
 
     def loss(rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        batch, patches = maker.batch(rng, plan.judge_rows, "train", judge_training.MIX)
+        if stage == "reading":
+            batch, patches = maker.reading_batch(rng, plan.reading_rows)
+        else:
+            batch, patches = maker.batch(rng, plan.judge_rows, "train", judge_training.MIX)
         return losses.losses(batch, patches, caption_weight=1.0, probe_weight=0.5)
 
     def extra() -> dict[str, object]:
         return {"probes": probes.state_dict(), "optimiser": optimiser.state()}
 
     def scores() -> dict[str, float]:
+        if stage == "reading":
+            return judge_training.evaluate_reading(losses, plan.seed, plan.judge_check // 4)
         return judge_training.evaluate(losses, plan.seed, plan.judge_check)
 
-    run.loop("judge", first, plan.judge_steps, optimiser, loss, scores, extra)
+    steps = plan.reading_steps if stage == "reading" else plan.judge_steps
+    run.loop(stage, first, steps, optimiser, loss, scores, extra)
+    run.saved = {"stage": stage, "step": steps, **extra()}
 
 
 def work(rank: int, out: Path, plan: Plan, resume: bool) -> None:
@@ -225,7 +239,9 @@ def work(rank: int, out: Path, plan: Plan, resume: bool) -> None:
     signal.signal(signal.SIGINT, run.request_stop)
     if run.saved is None or run.saved["stage"] == "vision":
         train_vision(run)
-    train_decoder(run)
+    if run.saved is None or run.saved["stage"] != "judge":
+        train_decoder(run, "reading")
+    train_decoder(run, "judge")
 
 
 def main() -> None:
@@ -234,10 +250,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=Plan().vision_steps)
+    parser.add_argument("--reading-steps", type=int, default=Plan().reading_steps)
     parser.add_argument("--judge-steps", type=int, default=Plan().judge_steps)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
-    plan = Plan(args.seed, args.vision_steps, judge_steps=args.judge_steps)
+    plan = Plan(
+        seed=args.seed,
+        vision_steps=args.vision_steps,
+        reading_steps=args.reading_steps,
+        judge_steps=args.judge_steps,
+    )
     start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume)
 
 

@@ -22,8 +22,15 @@ from arr_fast.shapes.forward import VisionForward, patchify
 from arr_fast.shapes.model import IMAGE_TOKENS
 from arr_fast.shapes.pairs import sample_picture
 from arr_fast.shapes.render import coverage, render
-from arr_fast.shapes.scene import BACKGROUNDS, COLOURS, RADII, SHAPES, Scene, Split
-from arr_fast.shapes.scene import HELD_OUT_COMBINATIONS
+from arr_fast.shapes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_COMBINATIONS,
+    RADII,
+    SHAPES,
+    Scene,
+    Split,
+)
 
 LOGIT_SCALE = 12.0
 OBJECT_WEIGHT = 4.0
@@ -180,7 +187,9 @@ class CellHeads(nn.Module):
         total = total + 2 * F.cross_entropy(shapes, self.shape_of[targets.main[occupied]])  # type: ignore[index]
         for head, wanted in targets.words.items():
             scores = LOGIT_SCALE * merged @ getattr(self, f"words_{head}").T
-            total = total + HEAD_WEIGHTS[head] * F.cross_entropy(scores.flatten(0, 1), wanted.flatten())
+            total = total + HEAD_WEIGHTS[head] * F.cross_entropy(
+                scores.flatten(0, 1), wanted.flatten()
+            )
         error = (self.place(merged) - targets.place)[occupied].square().mean()
         anchors = F.binary_cross_entropy_with_logits(
             self.anchor(merged)[..., 0], targets.anchors, pos_weight=torch.tensor(4.0)

@@ -178,8 +178,8 @@ def elementwise_config(arch: str) -> ElementwiseConfig:
 def dot_precision(arch: str, head_dim: int = 0) -> str:
     """Returns `input_precision` of fp32 products: exact to fp32 rounding everywhere.
 
-    Three tf32 products keep fp32 accuracy on NVIDIA's tensor cores, but hold both halves of their operands:
-    at head dim 256 those pass the shared memory, and plain fp32 runs. AMD has fp32 mfma.
+    Three tf32 products keep fp32 accuracy on NVIDIA's tensor cores, but hold both halves of their
+    operands: at head dim 256 those pass the shared memory, and plain fp32 runs. AMD has fp32 mfma.
     """
     return "tf32x3" if arch.startswith("sm_") and head_dim <= 128 else "ieee"
 

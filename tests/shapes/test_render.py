@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_shapes_differ():
         obj = SceneObject(shape, "red", "large", 0.5, 0.5, 0.19)
         areas[shape] = (coverage(Scene((obj,), "white"), 256) == 0).sum()
     values = sorted(areas.values())
-    assert all(b - a > 0.05 * a for a, b in zip(values, values[1:], strict=False)), areas
+    assert all(b - a > 0.05 * a for a, b in itertools.pairwise(values)), areas
 
 
 def test_degradations_do_what_they_are_named_after():

@@ -32,9 +32,7 @@ def test_no_training_picture_or_caption_has_a_held_out_combination():
 def test_every_held_out_example_has_one():
     for example in examples("held_out"):
         base = example.source
-        kinds = (
-            {o.kind for o in base.objects} if base else set(example.context.caption.kinds)
-        )
+        kinds = {o.kind for o in base.objects} if base else set(example.context.caption.kinds)
         assert kinds & HELD_OUT_COMBINATIONS
 
 

@@ -35,7 +35,8 @@ def test_texts_of_the_domain_take_one_token_per_word():
 
 
 @pytest.mark.parametrize(
-    ("labels", "parts"), [(PAIR_LABELS, pair_parts("t2i", "x")), (POINT_LABELS, point_parts("t2i", "x"))]
+    ("labels", "parts"),
+    [(PAIR_LABELS, pair_parts("t2i", "x")), (POINT_LABELS, point_parts("t2i", "x"))],
 )
 def test_labels_are_one_token_after_the_prompt(labels, parts):
     encoder = make_encoder(TOKENIZER)
