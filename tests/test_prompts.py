@@ -135,11 +135,10 @@ def test_an_open_thinking_block_is_closed_before_the_readout() -> None:
 
 
 def test_an_open_thinking_block_that_cannot_be_closed_is_refused() -> None:
-    tokenizer = encoder().tokenizer
-    if "</think>" in tokenizer.get_added_vocab():
-        pytest.skip("this tokenizer can close a thinking block")
+    prompts = encoder(PLAIN + "<think>\n")
+    prompts._added.pop("</think>", None)
     with pytest.raises(UnsupportedModelError, match="</think>"):
-        _with(tokenizer, PLAIN + "<think>\n").encode(["x"], [])
+        prompts.encode(["x"], [])
 
 
 @pytest.mark.parametrize(

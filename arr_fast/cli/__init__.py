@@ -8,6 +8,7 @@ import typer
 
 from arr_fast import __version__
 from arr_fast.cli import benching, demo, info, judging, verify
+from arr_fast.cli.kernels import kernels_app
 from arr_fast.data import cli as data_cli
 from arr_fast.evals import cli as evals_cli
 from arr_fast.serve import cli as serve_cli
@@ -47,3 +48,4 @@ app.command("info")(info.info)
 app.command("serve")(serve_cli.serve)
 app.add_typer(benching.app, name="bench")
 app.add_typer(data_cli.app, name="data")
+app.add_typer(kernels_app, name="kernels")

@@ -179,12 +179,12 @@ def test_brier_by_hand():
 
 
 def test_reliability_by_hand():
-    """Confidence .8 three times (two right) and .6 once (wrong): bins 6 and 2 of ten."""
-    score = np.array([math.log(4), -math.log(4), math.log(4), math.log(1.5)])
-    found = reliability(score, np.array([1, -1, -1, -1]))
-    assert found.count.tolist() == [0, 0, 1, 0, 0, 0, 3, 0, 0, 0]
-    assert found.confidence[6] == pytest.approx(0.8) and found.accuracy[6] == pytest.approx(2 / 3)
-    assert found.ece == pytest.approx(0.75 * (0.8 - 2 / 3) + 0.25 * 0.6)
+    """Confidence .83 three times (two right) and .65 once (wrong): bins 6 and 3 of ten."""
+    high, low = math.log(0.83 / 0.17), math.log(0.65 / 0.35)
+    found = reliability(np.array([high, -high, high, low]), np.array([1, -1, -1, -1]))
+    assert found.count.tolist() == [0, 0, 0, 1, 0, 0, 3, 0, 0, 0]
+    assert found.confidence[6] == pytest.approx(0.83) and found.accuracy[6] == pytest.approx(2 / 3)
+    assert found.ece == pytest.approx(0.75 * (0.83 - 2 / 3) + 0.25 * 0.65)
 
 
 def test_the_temperature_of_a_judge_that_is_too_sure():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from arr_fast.kernels_cli import kernels_app
+from arr_fast.cli.kernels import kernels_app
 from arr_fast_kernels import aot
 from arr_fast_kernels.configs import ARCHS
 from arr_fast_kernels.specs import Case, attention_case, cases
