@@ -137,9 +137,8 @@ def report(
     append(rows)
     for row in rows:
         benchmark.extra_info[row.impl] = {"ratio": row.ratio, "peak_bytes": row.peak_bytes}
-        print(
-            f"{op} {shape} {row.impl}: {row.seconds * 1e3:.2f} ms, x{row.ratio:.2f}, {row.peak_bytes}"
-        )
+        milliseconds, peak = row.seconds * 1e3, row.peak_bytes
+        print(f"{op} {shape} {row.impl}: {milliseconds:.2f} ms, x{row.ratio:.2f}, {peak} bytes")
 
     def timed() -> None:
         runs[ours]()

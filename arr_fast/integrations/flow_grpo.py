@@ -9,9 +9,9 @@ flow_grpo knows its rewards by a table inside `multi_score`; the one way in with
 
 A reward is made by a plain function that takes `device` (flow_grpo looks for that name in the
 function's code) and is called as `fn(images, prompts, metadata)` with images as a float tensor
-[N, C, H, W] in [0, 1] or uint8 [N, H, W, C]; it returns `(scores, {})`, N numbers. flow_grpo spreads
-the images of a prompt over its ranks: with a group of one the pairwise reward refuses to run (use
-gather, or a sampler that keeps groups together), and `pointwise=True` scores each image alone.
+[N, C, H, W] in [0, 1] or uint8 [N, H, W, C]; it returns `(scores, {})`, N numbers. flow_grpo
+spreads the images of a prompt over its ranks: with a group of one the pairwise reward refuses to
+run (use gather, or a sampler that keeps groups together); `pointwise=True` scores images alone.
 An abstention gets the mean of its group, since a sentinel of -10 would be trained on.
 """
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from arr_fast.errors import VerdictError
+from arr_fast.images import to_image
 
 if TYPE_CHECKING:
     from arr_fast.judge import Judge
@@ -49,7 +50,7 @@ def group_rewards(
         judge: The judge, or anything with its `rank`.
         prompts: N captions or instructions.
         images: N images.
-        keys: N group ids; by default the prompts themselves.
+        keys: N group ids; by default the prompts, and for edits their sources.
         sources: N source images of edits; equal within a group.
         rubric: One rubric for all; see `Judge.compare`.
         reward: "win_rate" in [0, 1]; "bradley_terry" in nats, mean 0; "rpo" is the mean over
@@ -67,7 +68,7 @@ def group_rewards(
         raise VerdictError(f"reward must be one of {', '.join(REWARDS)}, got {reward!r}")
     if len(prompts) != len(images):
         raise VerdictError(f"images has {len(images)} items, prompts has {len(prompts)}")
-    groups = places_by_key(list(prompts if keys is None else keys))
+    groups = places_by_key(list(_prompt_keys(prompts, sources) if keys is None else keys))
     for key, places in groups.items():
         if len(places) < 2:
             raise VerdictError(
@@ -89,6 +90,14 @@ def group_rewards(
         for place, value in zip(places, values, strict=True):
             rewards[place] = value
     return rewards
+
+
+def _prompt_keys(prompts: Sequence[str], sources: Sequence[Any] | None) -> list[Hashable]:
+    """Prompts; for edits with their source, as one instruction may serve many sources."""
+    if sources is None:
+        return list(prompts)
+    hashes = [to_image(s, name=f"sources[{n}]").content_hash for n, s in enumerate(sources)]
+    return list(zip(prompts, hashes, strict=True))
 
 
 def candidate_rewards(

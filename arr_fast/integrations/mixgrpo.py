@@ -1,8 +1,8 @@
 """MixGRPO (Tencent-Hunyuan/MixGRPO at e5cdd6a) and DanceGRPO (XueZeyue/DanceGRPO at 15cc71d).
 
 MixGRPO's reward models are callables `model(images, prompts)`; the UnifiedReward kind returns
-`(rewards, successes)`, where a success of 0 takes the sample out. DanceGRPO calls its reward inline,
-one image or path and one caption at a time; `score_one` is that call.
+`(rewards, successes)`, where a success of 0 takes the sample out. DanceGRPO calls its reward
+inline, one image or path and one caption at a time; `score_one` is that call.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 verl-omni calls `await compute_score(data_source=, solution_image=, ground_truth=, extra_info=,
 **config)` by keyword, one sample at a time (uint8 [C, H, W]), many at once under one event loop. A
-pairwise judge needs the group, so calls with the same `extra_info["uid"]` wait for one another until
-`group_size` have come; then one of them judges for all. If some do not come in time, all that wait
-abstain: verl-omni takes nothing but numbers, so they get `neutral` and `abstained` = 1 as a metric.
+pairwise judge needs the group, so calls with the same `extra_info["uid"]` wait for one another
+until `group_size` have come; then one of them judges for all. If some do not come in time, all
+that wait abstain: verl-omni takes nothing but numbers, so they get `neutral`, and `abstained` = 1
+as a metric.
 
     +reward.reward_functions.arr.path=pkg://arr_fast.integrations.verl_omni
     +reward.reward_functions.arr.name=compute_score

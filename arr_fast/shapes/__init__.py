@@ -8,19 +8,34 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from arr_fast.errors import ArrFastError
+
+
+def data_directory() -> Path:
+    """Where the package's pictures, curve and figures lie."""
+    return Path(str(resources.files("arr_fast.shapes"))) / "data"
+
+
+def weights_directory() -> Path:
+    """Where the bundled judge belongs, whether it is there or not."""
+    return Path(str(resources.files("arr_fast.shapes"))) / "weights" / "judge"
+
 
 def judge_directory() -> Path:
     """The directory of the bundled judge, `builtin:shapes`, in the transformers format.
 
     Raises:
-        FileNotFoundError: The package was installed without its weights.
+        ArrFastError: The judge is not there; the message says how to make it.
     """
-    directory = Path(str(resources.files("arr_fast.shapes"))) / "weights" / "judge"
-    if not (directory / "model.safetensors").exists():
-        raise FileNotFoundError(
-            f"no bundled judge in {directory}; train one: python -m arr_fast.shapes.train_judge"
-        )
+    directory = weights_directory()
+    for name in ("model.safetensors", "config.json"):
+        if not (directory / name).is_file():
+            raise ArrFastError(
+                f"no bundled judge: {name} is missing in {directory}; make it with "
+                "python -m arr_fast.shapes.train_judge --out RUN, then "
+                "python -m arr_fast.shapes.export_judge --run RUN"
+            )
     return directory
 
 
-__all__ = ["judge_directory"]
+__all__ = ["data_directory", "judge_directory", "weights_directory"]

@@ -81,7 +81,7 @@ class Caption:
         """The caption in words, in one of several phrasings."""
         groups: dict[tuple[str, ...], int] = {}
         for i, kind in enumerate(self.kinds):
-            key = (self.sizes[i], *kind) if self.sizes else kind
+            key: tuple[str, ...] = (self.sizes[i], *kind) if self.sizes else kind
             groups[key] = groups.get(key, 0) + 1
         phrases = []
         for key, count in groups.items():

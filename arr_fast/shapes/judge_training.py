@@ -9,6 +9,7 @@ criterion.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class JudgeLoss:
         )
         row, at = batch.verdict_at.T
         end = states.final[row, at]
-        head = self.model.get_input_embeddings().weight
+        head: Any = self.model.get_input_embeddings().weight
         answer_row, answer_at = batch.answer_at.T
         answers = states.final[answer_row, answer_at] @ head.T
         return end @ head.T, states.probe[row, at], end, answers

@@ -76,10 +76,10 @@ def build_model(tokenizer: Any, seed: int) -> Qwen3VLForConditionalGeneration:
     """
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(build_config(tokenizer))
-    model.config.text_config._attn_implementation = "sdpa"
+    model.config.get_text_config()._attn_implementation = "sdpa"
     _start_by_matching(model, seed)
     with torch.no_grad():
-        table = model.get_input_embeddings().weight
+        table: Any = model.get_input_embeddings().weight
         table.copy_(torch.nn.functional.normalize(torch.randn_like(table), dim=-1))
         for merger in model.model.visual.deepstack_merger_list:
             merger.linear_fc2.weight.zero_()
@@ -94,7 +94,7 @@ def _start_by_matching(model: Qwen3VLForConditionalGeneration, seed: int) -> Non
     initialisation, arXiv 2305.09828): a word of a criterion attends at once to image tokens that
     contain the word.
     """
-    text = model.config.text_config
+    text: Any = model.config.get_text_config()
     hidden, size = text.hidden_size, text.head_dim
     kv_heads = text.num_key_value_heads
     shared = text.num_attention_heads // kv_heads
@@ -102,7 +102,8 @@ def _start_by_matching(model: Qwen3VLForConditionalGeneration, seed: int) -> Non
 
     def projections() -> torch.Tensor:
         square = torch.randn(hidden, kv_heads * size, generator=generator)
-        return torch.linalg.qr(square)[0].T.reshape(kv_heads, size, hidden) * MATCHING_SCALE
+        basis: torch.Tensor = torch.linalg.qr(square)[0].T
+        return basis.reshape(kv_heads, size, hidden) * MATCHING_SCALE
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.01

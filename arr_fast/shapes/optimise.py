@@ -24,7 +24,8 @@ def orthogonalise(matrix: Tensor, steps: int = 4) -> Tensor:
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if flip else x
+    result: Tensor = x.T if flip else x
+    return result
 
 
 class Muon(torch.optim.Optimizer):

@@ -272,12 +272,12 @@ def candidate_claims(
         claims.append(Claim("size", subject, value=_any(["small", "large"], rng)))
         claims.append(Claim("position", subject, value=_any(["left", "right"], rng)))
         claims.append(Claim("position", subject, value=_any(["top", "bottom"], rng)))
-    for subject in ({0: ("", "")}, {0: ("", _any([k[1] for k in kinds], rng))}):
+    for counted in (("", ""), ("", _any([k[1] for k in kinds], rng))):
         for scene in scenes:
-            found = [o for o in scene.objects if subject[0][1] in ("", o.shape)]
+            found = [o for o in scene.objects if counted[1] in ("", o.shape)]
             number = len(found) if rng.random() < 0.8 else int(rng.integers(1, 5))
             if number:
-                claims.append(Claim("count", subject[0], value=str(number)))
+                claims.append(Claim("count", counted, value=str(number)))
     for _ in range(6):
         first, second = kinds[int(rng.integers(len(kinds)))], kinds[int(rng.integers(len(kinds)))]
         if first != second:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ class Run:
         for step in range(first, steps):
             rng = np.random.default_rng([self.plan.seed, number, step, self.rank])
             losses = loss(rng)
-            losses["loss"].backward()  # type: ignore[no-untyped-call]
+            losses["loss"].backward()
             values = [float(v.detach()) for v in losses.values()]
             *means, stop = average_gradients(optimiser.parameters, [*values, float(self._stop)])
             floor = 1.0 if stage == "reading" else 0.05
@@ -170,7 +171,7 @@ class Run:
 def train_vision(run: Run) -> None:
     """Stage 1."""
     plan, model = run.plan, run.model
-    table = model.get_input_embeddings().weight
+    table: Any = model.get_input_embeddings().weight
     torch.manual_seed(plan.seed + 1)
     heads = vision_pretraining.CellHeads(table.detach().clone(), run.word_ids())
     named = [(n, p) for n, p in model.model.visual.named_parameters() if "deepstack" not in n]
@@ -198,7 +199,7 @@ def train_decoder(run: Run, stage: str) -> None:
     """Stage 2: "reading" single pictures under short prompts, then the whole mix of "judge"."""
     plan, model = run.plan, run.model
     torch.manual_seed(plan.seed + 2)
-    probes = judge_training.TruthProbes(model.config.text_config.hidden_size)
+    probes = judge_training.TruthProbes(model.config.get_text_config().hidden_size)
     maker = BatchMaker(run.tokenizer)
     losses = judge_training.JudgeLoss(model, run.vision, probes, maker)
     named = [(n, p) for n, p in model.named_parameters() if n != "lm_head.weight"]

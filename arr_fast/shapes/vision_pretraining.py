@@ -98,8 +98,8 @@ def third(value: float) -> int:
 
 def scene_cells(scene: Scene, index: dict[tuple[str, ...], int], count: int) -> dict[str, Any]:
     """The targets of one rendered scene as numpy arrays; see CellTargets."""
-    shown = coverage(scene).reshape(GRID, 16, GRID, 16).transpose(0, 2, 1, 3)
-    shown = shown.reshape(IMAGE_TOKENS, -1)
+    blocks = coverage(scene).reshape(GRID, 16, GRID, 16).transpose(0, 2, 1, 3)
+    shown = blocks.reshape(IMAGE_TOKENS, -1)
     classes = np.zeros((IMAGE_TOKENS, count), np.float32)
     areas = np.stack([(shown == i).sum(1) for i in range(len(scene.objects))] or [np.zeros(16)], 1)
     for number, obj in enumerate(scene.objects):
@@ -194,7 +194,8 @@ class CellHeads(nn.Module):
         anchors = F.binary_cross_entropy_with_logits(
             self.anchor(merged)[..., 0], targets.anchors, pos_weight=torch.tensor(4.0)
         )
-        return total + error + 0.3 * anchors
+        result: Tensor = total + error + 0.3 * anchors
+        return result
 
     @torch.no_grad()
     def scores(self, merged: Tensor, targets: CellTargets) -> dict[str, float]:

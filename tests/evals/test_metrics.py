@@ -179,12 +179,12 @@ def test_brier_by_hand():
 
 
 def test_reliability_by_hand():
-    """Confidence .83 three times (two right) and .65 once (wrong): bins 6 and 3 of ten."""
-    high, low = math.log(0.83 / 0.17), math.log(0.65 / 0.35)
-    found = reliability(np.array([high, -high, high, low]), np.array([1, -1, -1, -1]))
-    assert found.count.tolist() == [0, 0, 0, 1, 0, 0, 3, 0, 0, 0]
-    assert found.confidence[6] == pytest.approx(0.83) and found.accuracy[6] == pytest.approx(2 / 3)
-    assert found.ece == pytest.approx(0.75 * (0.83 - 2 / 3) + 0.25 * 0.65)
+    """Confidence .82 three times (two right) and .62 once (wrong): bins 6 and 2 of ten."""
+    sure, unsure = math.log(0.82 / 0.18), math.log(0.62 / 0.38)
+    found = reliability(np.array([sure, -sure, sure, unsure]), np.array([1, -1, -1, -1]))
+    assert found.count.tolist() == [0, 0, 1, 0, 0, 0, 3, 0, 0, 0]
+    assert found.confidence[6] == pytest.approx(0.82) and found.accuracy[6] == pytest.approx(2 / 3)
+    assert found.ece == pytest.approx(0.75 * (0.82 - 2 / 3) + 0.25 * 0.62)
 
 
 def test_the_temperature_of_a_judge_that_is_too_sure():

@@ -23,7 +23,8 @@ LISTWISE_EN = (
     '{{\n    "rank": [...],\n    "reason": "..."\n}}\n'
 )
 LISTWISE_ZH = (
-    "\n请根据评估标准，对输入的 {n} 张生成图片进行 Pairwise 排序。\n{description}\n评估标准:\n{rubrics}\n\n"
+    "\n请根据评估标准，对输入的 {n} 张生成图片进行 Pairwise 排序。\n{description}\n"
+    "评估标准:\n{rubrics}\n\n"
     "{sample}\n\n## 任务要求\n- ...\n"
 )
 POINTWISE_EN = (

@@ -1,4 +1,4 @@
-"""The restricted unpickler: plain data goes through, every gadget is refused without a side effect."""
+"""The restricted unpickler: plain data goes through, every gadget is refused, unexecuted."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_gadgets_are_refused(name, tmp_path, monkeypatch):
 
 
 def test_the_corpus_is_live(tmp_path, monkeypatch):
-    """The same bytes do execute under pickle itself: otherwise refusing them would prove nothing."""
+    """The same bytes do execute under pickle itself, or refusing them would prove nothing."""
     monkeypatch.chdir(tmp_path)
     for name in ("os.system-4", "eval-4", "open-2", "GLOBAL and REDUCE", "OBJ", "INST"):
         pickle.loads(GADGETS[name])

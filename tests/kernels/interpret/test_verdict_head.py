@@ -70,15 +70,14 @@ def check(
 
 
 @DTYPES
-@pytest.mark.parametrize("unit_offset", [False, True], ids=["plain", "one-plus"])
 @pytest.mark.parametrize(
-    ("rows", "hidden", "variants", "vocab"),
+    ("rows", "hidden", "variants", "vocab", "unit_offset"),
     [
-        (1, 64, (1, 1), 0),
-        (5, 100, (2, 1), 33),
-        (17, 130, (3, 4), 1100),
-        (19, 257, (1, 2, 5), 511),
-        (3, 128, (31, 33), 513),
+        (1, 64, (1, 1), 0, False),
+        (5, 100, (2, 1), 33, True),
+        (17, 130, (3, 4), 1100, False),
+        (19, 257, (1, 2, 5), 511, True),
+        (3, 128, (31, 33), 513, False),
     ],
     ids=str,
 )
