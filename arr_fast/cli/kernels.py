@@ -54,7 +54,7 @@ def report(
         console.print(_table([row for row in rows if row.case.arch == name]))
     console.print(
         "x least: HBM bytes over the least possible. HBM bytes of prefix_attention assume the L2"
-        " model of arr_fast_kernels.specs.attention_traffic. Roofline times are bounds, not"
+        " model of arr_fast_kernels.traffic.attention_traffic. Roofline times are bounds, not"
         " measurements."
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 from arr_fast.shapes.scene import (
     COLOURS,
     HELD_OUT_COMBINATIONS,
+    RADII,
     SHAPES,
     Scene,
     SceneObject,
@@ -160,7 +161,7 @@ class Edit:
         changes: dict[str, object] = {field: self.value}
         if self.kind == "resize":
             old = scene.objects[self.target]
-            changes["radius"] = old.radius * (0.105 / 0.19 if self.value == "small" else 1.0)
+            changes["radius"] = old.radius * RADII[self.value] / RADII[old.size]
         return with_object(scene, self.target, **changes)
 
     def text(self, rng: np.random.Generator, source: Scene) -> str:

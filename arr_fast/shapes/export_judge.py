@@ -1,66 +1,83 @@
 """Writes a run's weights as a checkpoint: `python -m arr_fast.shapes.export_judge --run DIR`.
 
-Beside the checkpoint goes the run's curve, as CSV and as a plot.
+Weights are stored in float16 (half the size) and computed with in float32; what is measured and
+shipped are the rounded ones. The run's curve goes beside them, as CSV and as a picture.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import csv
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 
-from arr_fast.errors import ArrFastError
-from arr_fast.shapes import data_directory, weights_directory
 from arr_fast.shapes.model import build_model, save_checkpoint
 from arr_fast.shapes.run_state import load_state
 from arr_fast.shapes.tokenizer import build_tokenizer
 
+WEIGHTS = Path(__file__).parent / "weights" / "judge"
+CURVES = Path(__file__).parent / "data"
+PANELS = (
+    ("loss", "training losses", ("verdict", "caption", "probe")),
+    ("stage 1", "vision: held-out accuracy", ("object", "shape", "count", "row", "blur")),
+    ("held out", "held-out accuracy, one order", ("pair", "point", "tie")),
+)
 
-def export(run: Path, directory: Path) -> tuple[str, int]:
-    """Exports the newest state of a run.
 
-    Weights are stored in float16, which halves the package, and load as float32: a difference of
-    1e-3 of a weight at most, below what verdicts resolve.
-
-    Args:
-        run: Directory of `arr_fast.shapes.train_judge`.
-        directory: Where the checkpoint goes; created where missing.
-
-    Returns:
-        The stage and step that were exported.
+def export(run: Path, out: Path) -> str:
+    """Writes the checkpoint of a run's last state and returns what it is.
 
     Raises:
-        ArrFastError: The run has no state.
+        FileNotFoundError: The run has no state.
     """
     state = load_state(run / "state.pt")
     if state is None:
-        raise ArrFastError(f"no state.pt in {run}, expected a run of arr_fast.shapes.train_judge")
+        raise FileNotFoundError(f"{run / 'state.pt'} does not exist")
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, 0)
+    model = build_model(tokenizer, seed=0)
     model.load_state_dict(state["model"])
-    save_checkpoint(model, tokenizer, directory, torch.float16)
-    return str(state["stage"]), int(state["step"])
+    save_checkpoint(model.eval(), tokenizer, out, torch.float16)
+    return f"{state['stage']} step {state['step']}, {state['cpu_seconds']:.0f} CPU seconds"
+
+
+def plot_curve(source: Path, picture: Path) -> None:
+    """Draws a run's CSV: losses, stage 1, and held-out accuracy against CPU seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    with source.open(newline="") as file:
+        for row in csv.DictReader(file):
+            series[row["name"]].append((float(row["cpu_seconds"]) / 60, float(row["value"])))
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(13, 3.6))
+    for axis, (_, title, names) in zip(axes, PANELS, strict=True):
+        for name in names:
+            if series[name]:
+                axis.plot(*zip(*series[name], strict=True), label=name, linewidth=1)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("CPU minutes of worker 0")
+        axis.legend(fontsize=8)
+    axes[0].set_ylim(0, 2)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=90)
+    pyplot.close(figure)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=weights_directory())
-    parser.add_argument("--curve", type=Path, default=data_directory() / "judge_curve.csv")
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--curves", type=Path, default=CURVES)
     args = parser.parse_args()
-    stage, step = export(args.run, args.out)
-    print(f"{stage} step {step} in {args.out}")
+    print(f"{export(args.run, args.out)} -> {args.out}")
     curve = args.run / "curve.csv"
-    if curve.exists():
-        from arr_fast.shapes.curve_plot import plot_curve
-
-        args.curve.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(curve, args.curve)
-        plot_curve(args.curve, args.curve.with_suffix(".png"))
-        print(f"curve in {args.curve} and {args.curve.with_suffix('.png')}")
+    (args.curves / "judge_curve.csv").write_bytes(curve.read_bytes())
+    plot_curve(curve, args.curves / "judge_curve.png")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ import numpy as np
 
 from arr_fast.shapes.captions import Caption, Edit, describe
 from arr_fast.shapes.render import render
-from arr_fast.shapes.scene import Scene, SceneObject, Size, with_object
+from arr_fast.shapes.scene import RADII, Scene, SceneObject, Size, with_object
 
 SIDE = 256
 DEFAULT_OUT = Path(__file__).parent / "data" / "demo"
 
 
 def _object(colour: str, shape: str, size: Size, x: float, y: float) -> SceneObject:
-    return SceneObject(shape, colour, size, x, y, 0.19 if size == "large" else 0.105)
+    return SceneObject(shape, colour, size, x, y, RADII[size])
 
 
 def _scene(background: str, *objects: SceneObject) -> Scene:

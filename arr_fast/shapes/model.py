@@ -150,5 +150,6 @@ def save_checkpoint(
     state = {k: v.to(dtype) for k, v in model.state_dict().items() if k != "lm_head.weight"}
     model.config.dtype = "float32"
     model.save_pretrained(directory, state_dict=state)
+    (directory / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(directory)
     image_processor().save_pretrained(directory)

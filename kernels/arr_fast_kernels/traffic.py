@@ -51,14 +51,14 @@ def attention_traffic(
 
     Returns:
         tiles, tile_limit (sum over parents of ceil(rows group / BLOCK_M)), flops, requested and hbm
-        key/value bytes, path_bytes (tiles times the path of each), query_bytes (queries and
-        outputs), and least_bytes (every row of q, k, v, out once).
+        key/value bytes, query_bytes (queries and outputs), and least_bytes (every row of q, k, v,
+        out once). What the kernel really loads is counted under the interpreter in the tests.
     """
     group = query_heads // kv_heads
     block_m = attention_config(arch, head_dim, torch.bfloat16).block_m
     rows_of_tile = rows_per_tile(group, head_dim, arch)
     pair_bytes = 2 * head_dim * itemsize  # one key and one value of one head
-    totals = dict.fromkeys(("tiles", "tile_limit", "flops", "requested", "hbm", "path_bytes"), 0.0)
+    totals = dict.fromkeys(("tiles", "tile_limit", "flops", "requested", "hbm"), 0.0)
     for ancestors, lengths in forest.families():
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         rows = sum(lengths)
@@ -72,7 +72,6 @@ def attention_traffic(
             own = end - max(start for start in starts if start <= first)
             totals["tiles"] += 1
             totals["requested"] += kv_heads * pair_bytes * (ancestors + own)
-            totals["path_bytes"] += kv_heads * pair_bytes * (ancestors + own)
             totals["hbm"] += kv_heads * pair_bytes * (own + (0 if fits else ancestors))
     query_bytes = 2.0 * forest.rows * query_heads * head_dim * itemsize
     totals["query_bytes"] = query_bytes

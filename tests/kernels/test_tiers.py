@@ -30,7 +30,7 @@ def run_tier(tier: str, *, interpret: bool, at_least: int) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,  # a loaded two-core machine takes several times the usual minute
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -40,7 +40,7 @@ def run_tier(tier: str, *, interpret: bool, at_least: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tier", "interpret", "at_least"), [("interpret", True, 60), ("aot", False, 12)]
+    ("tier", "interpret", "at_least"), [("interpret", True, 120), ("aot", False, 13)]
 )
 def test_tier(tier: str, interpret: bool, at_least: int) -> None:
     run_tier(tier, interpret=interpret, at_least=at_least)

@@ -131,7 +131,6 @@ def test_attention_requests_each_path_once_per_tile(
     assert counts["load"] == model["requested"] + model["query_bytes"] / 2 + tables
     assert counts["store"] == model["query_bytes"] / 2
     assert len(forest.tiles) == model["tiles"] == model["tile_limit"]
-    assert model["requested"] <= 1.15 * model["path_bytes"]
 
 
 def _table_bytes(forest: Any, kv_heads: int, group: int) -> int:
