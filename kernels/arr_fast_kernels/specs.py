@@ -401,7 +401,44 @@ def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
             written=20.0 * programs,
             operations=8,
         ),
+        _finalise_case(arch, dtype, name, "sde_step", "_log_prob_kernel", blocks, sums=1),
+        _finalise_case(arch, dtype, name, "rpo_loss", "_rpo_loss_kernel", blocks, sums=2),
     ]
+
+
+def _finalise_case(
+    arch: str, dtype: str, name: str, op: str, kernel: str, blocks: int, *, sums: int
+) -> Case:
+    """The kernels that add the blocks' partial sums, one program a sample."""
+    constants: dict[str, int | str | bool] = {"NORMALISED": True, "BLOCK_P": 128}
+    names = ["partial", "std"]
+    types = {"elements": "i32", "blocks": "i32"}
+    if kernel == "_rpo_loss_kernel":
+        constants |= {"KL": 1, "HAS_REF": True, "HAS_OLD": False}
+        names += ["loss", "stats", "v_scale", "dt", "log_prob_old", "advantage"]
+        types |= dict.fromkeys(("clip_low", "clip_high", "beta"), "fp32")
+    else:
+        names.append("log_prob")
+    moved = 4.0 * SAMPLES * (sums * blocks + (12 if kernel == "_rpo_loss_kernel" else 2))
+    return Case(
+        op=op,
+        kernel=kernel,
+        shape=f"{name} finalise",
+        dtype=dtype,
+        arch=arch,
+        types=_pointers(dict.fromkeys(names, "*fp32")) | types,
+        aligned=frozenset({"elements", "blocks"}),
+        constants=constants,
+        num_warps=1,
+        num_stages=3,
+        programs=SAMPLES,
+        matrix=False,
+        flops=float(sums * SAMPLES * blocks),
+        least_bytes=moved,
+        bytes=moved,
+        hbm_bytes=moved,
+        reason="a few hundred partial sums: one warp a sample, a fixed order",
+    )
 
 
 def _pointers(types: dict[str, str]) -> dict[str, str]:

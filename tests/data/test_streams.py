@@ -130,12 +130,13 @@ def test_a_mistake_is_found_before_the_file_is_read_whole(tmp_path):
     path = tmp_path / "x.json"
     with path.open("w") as handle:
         handle.write('[{"a": 1}, {"a": oops}, ')
-        handle.write('{"b": "' + "x" * 1000 + '"},' * 20_000 + "{}]")
+        handle.write(('{"b": "' + "x" * 500 + '"},') * 20_000 + "{}]")
     tracemalloc.start()
     with pytest.raises(ItemError, match="Expecting value"):
         list(json_list(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert path.stat().st_size > 10_000_000
     assert peak < 2_000_000
 
 

@@ -88,7 +88,7 @@ def test_problems_name_each_budget() -> None:
     assert "BLOCK_M under 64" in aot.problems_of(few, good)
     many = replace(case, extra=case.extra | {"tiles": case.extra["tile_limit"] + 1})
     assert "tiles over" in aot.problems_of(many, good)[0]
-    step = next(c for c in cases("gfx942") if c.op == "sde_step")
+    step = next(c for c in cases("gfx942") if c.kernel == "_sde_step_kernel")
     wasteful = replace(step, hbm_bytes=step.least_bytes * 1.2)
     assert aot.problems_of(wasteful, replace(good, matrix=0)) == ("bytes over 1.1x the least",)
 
