@@ -14,6 +14,8 @@ import torch
 
 from arr_fast.errors import ArrFastError, MissingDependencyError
 from arr_fast.ops.prefix_attention import prefix_attention
+from arr_fast.ops.rpo_loss import RPOLoss, rpo_loss
+from arr_fast.ops.sde_step import sde_step, step_coefficients
 from arr_fast.ops.verdict_head import verdict_head
 
 logger = logging.getLogger("arr_fast")
@@ -25,7 +27,17 @@ _PACKAGES = {
 }
 IMPLS = ("torch", "triton", "flash", "xformers", "reference")
 
-__all__ = ["IMPLS", "impl_status", "prefix_attention", "resolve_impl", "verdict_head"]
+__all__ = [
+    "IMPLS",
+    "RPOLoss",
+    "impl_status",
+    "prefix_attention",
+    "resolve_impl",
+    "rpo_loss",
+    "sde_step",
+    "step_coefficients",
+    "verdict_head",
+]
 
 
 def impl_status(device: torch.device | str) -> dict[str, str]:

@@ -19,6 +19,8 @@ TINY = Plan(
     seed=3,
     vision_steps=2,
     vision_batch=3,
+    reading_steps=1,
+    reading_rows=1,
     judge_steps=4,
     judge_rows=1,
     workers=1,
@@ -38,7 +40,7 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, monkeypatch):
 
     def stopping(parameters, flags):
         calls.append(1)
-        flags = [*flags[:-1], 1.0] if len(calls) in (1, 4) else flags
+        flags = [*flags[:-1], 1.0] if len(calls) in (1, 5) else flags
         return original(parameters, flags)
 
     monkeypatch.setattr(train_judge, "average_gradients", stopping)
