@@ -35,6 +35,8 @@ from arr_fast.prompts import Part, PromptEncoder
 logger = logging.getLogger("arr_fast")
 
 LabelIds = tuple[tuple[int, ...], ...]
+# Label sets whose rows are kept gathered; a server's clients may bring any number of sets.
+_MOST_HEADS = 64
 
 
 @dataclass
@@ -328,6 +330,8 @@ class Engine:
     def _head(self, labels: LabelIds, label_mass: bool) -> LabelHead:
         key = (labels, label_mass)
         if key not in self._heads:
+            if len(self._heads) >= _MOST_HEADS:
+                self._heads.pop(next(iter(self._heads)))
             weight = self.adapter.output_weight()
             flat = [token for variants in labels for token in variants]
             bounds = np.cumsum([0, *(len(variants) for variants in labels)]).astype(np.int32)

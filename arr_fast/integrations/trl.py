@@ -1,9 +1,9 @@
 """TRL's GRPOTrainer (huggingface/trl at f2cd577): reward functions, sync and async.
 
 TRL calls `f(prompts=..., completions=..., completion_ids=..., **columns)` with a flat batch in
-group order and takes a list of float or None; None is left out of the loss, so an
-abstention stays None. TRL trains language models: the images that a completion stands for come
-from `image_of`, which maps (completion, columns of its row) to an image. TRL recognises an async
+group order and takes a list of float or None; None is left out of the loss, so an abstention
+stays None. TRL trains language models: the images that a completion stands for come from
+`image_of`, which maps (completion, columns of its row) to an image. TRL recognises an async
 reward by its being a real `async def`, which is what `async_reward` returns.
 """
 
