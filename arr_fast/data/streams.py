@@ -19,6 +19,7 @@ from arr_fast.errors import MissingDependencyError
 CHUNK = 1 << 16
 PARQUET_BATCH = 32
 JSON_LINES = (".jsonl", ".ndjson")
+_NUMBER = re.compile(r"[-+.0-9eE]+")
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -176,8 +177,9 @@ class _Stream:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
-                # "12" at the edge of the buffer may go on as "123".
-                if end < len(self._text) or self._ended:
+                # "12" or "1." at the edge of the buffer may go on as "123" or "1.5".
+                cut = end == len(self._text) or _NUMBER.fullmatch(self._text, self._at)
+                if not cut or self._ended:
                     self._advance(end)
                     return value
             except (ValueError, RecursionError) as error:
