@@ -23,7 +23,14 @@ from arr_fast.shapes.packing import PackedBatch
 from arr_fast.shapes.rows import BatchMaker
 
 PROBE_LAYER = 3
-MIX = {"pair": 0.54, "edit": 0.2, "point": 0.13, "point_edit": 0.05, "vqa": 0.08}
+MIX = {
+    "pair": 0.48,
+    "edit": 0.2,
+    "point": 0.13,
+    "point_edit": 0.05,
+    "vqa": 0.06,
+    "write": 0.08,
+}
 
 
 class TruthProbes(nn.Module):
@@ -40,10 +47,10 @@ class TruthProbes(nn.Module):
         wanted = truths_V2[known]
         scaled = F.rms_norm(half_VD, half_VD.shape[-1:])
         losses = [
-            F.binary_cross_entropy_with_logits(head(states)[known], wanted)
+            F.binary_cross_entropy_with_logits(head(states)[known], wanted, reduction="sum")
             for head, states in ((self.middle, scaled), (self.end, end_VD))
         ]
-        return losses[0] + losses[1]
+        return (losses[0] + losses[1]) / max(1, len(wanted))
 
 
 class JudgeLoss:
@@ -67,10 +74,10 @@ class JudgeLoss:
         """Named losses; "loss" is their weighted sum."""
         logits, half, end, answers = self._forward(batch, patches)
         first = torch.tensor([v.first for v in batch.verdicts])
-        truths = torch.tensor([v.truths for v in batch.verdicts])
+        truths = torch.tensor([v.truths for v in batch.verdicts]).view(-1, 2)
         labels = self._labels(batch)
         log_p = logits.log_softmax(-1).gather(1, labels)
-        verdict = -(first * log_p[:, 0] + (1 - first) * log_p[:, 1]).mean()
+        verdict = -(first * log_p[:, 0] + (1 - first) * log_p[:, 1]).sum() / max(1, len(first))
         probe = self.probes.loss(half, end, truths)
         caption = verdict.new_zeros(())
         if len(batch.answer_ids):

@@ -51,14 +51,14 @@ class Plan:
     """
 
     seed: int = 0
-    vision_steps: int = 700
+    vision_steps: int = 2200
     vision_batch: int = 24
-    reading_steps: int = 600
+    reading_steps: int = 400
     reading_rows: int = 3
-    judge_steps: int = 2000
+    judge_steps: int = 3200
     judge_rows: int = 5
     workers: int = 2
-    every: int = 50
+    every: int = 100
     vision_check: int = 128
     judge_check: int = 48
 
