@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from arr_fast.shapes.captions import Caption, Edit, Relation, relation_holds
+from arr_fast.shapes.captions import NUMBERS, Caption, Edit, Relation, relation_holds
 from arr_fast.shapes.scene import Scene, SceneObject
 
 T2I_KINDS = (
@@ -77,6 +77,55 @@ class Claim:
         if not scene.is_legible and self.kind not in GLOBAL_KINDS:
             return None
         return _TRUTHS[self.kind](self, scene, context)
+
+
+AXES = {"left": ("left", "right"), "right": ("left", "right"), "top": ("top", "bottom")}
+AXES |= {"bottom": ("top", "bottom"), "above": ("above", "below"), "below": ("above", "below")}
+STATES = {
+    "sharpness": ("sharp", "blurry"),
+    "noise": ("clean", "noisy"),
+    "occlusion": ("free", "covered"),
+    "cut_off": ("whole", "cut"),
+}
+
+
+def evidence(claim: Claim, scene: Scene, context: Context) -> str:
+    """One word for what a picture shows where a claim looks.
+
+    The colour of the object that a claim about a colour names, the number of the objects that are
+    counted, the side on which something lies, "correct" or "wrong" where it takes more than a word.
+
+    Args:
+        claim: A claim whose truth on the scene is known.
+        scene: The picture.
+        context: Caption or edit.
+    """
+    truth = claim.truth(scene, context)
+    assert truth is not None, "an ambiguous claim has no evidence"
+    if scene.is_static:
+        return "noisy" if claim.kind == "noise" else "wrong"
+    if claim.kind in ("presence", "absence", "count"):
+        return NUMBERS[len(_matching(scene, claim.first))]
+    if claim.kind == "colour":
+        return _matching(scene, ("", claim.first[1]))[0].colour
+    if claim.kind == "size":
+        return _matching(scene, claim.first)[0].size
+    if claim.kind in ("position", "relation"):
+        return _side(claim.value, truth)
+    if claim.kind == "caption_relation":
+        relation = _caption(context).relation
+        assert relation is not None, "a claim about a relation is known only where there is one"
+        return _side(relation[1], truth)
+    if claim.kind in ("background", "caption_background"):
+        return scene.background
+    if claim.kind == "caption_count":
+        return NUMBERS[len(scene.objects)]
+    words = STATES.get(claim.kind, ("correct", "wrong"))
+    return words[0] if truth else words[1]
+
+
+def _side(value: str, truth: bool) -> str:
+    return value if truth else next(word for word in AXES[value] if word != value)
 
 
 def _on_static(kind: str) -> bool | None:

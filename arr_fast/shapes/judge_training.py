@@ -1,10 +1,15 @@
 """Stage 2: the decoder learns captions and verdicts together, on packed branches.
 
-Verdicts alone stay at chance for long. Three helpers make them learnable, and none is kept in the
-checkpoint: caption branches (what is in Image 1, what is in Image 2); linear probes that read from
-the token before the label, at half depth and at the end, whether each picture meets the criterion;
-and a loss that makes image tokens carry the word that their picture goes by, "1", "2" or "Source",
-from the second layer on. The winner's number is what a verdict has to say.
+Verdicts alone stay at chance for long: one bit each, behind a search, a comparison and a second
+search. Four helpers make them learnable, and none is kept in the checkpoint:
+
+- caption branches: what is in Image 1, what is in Image 2;
+- evidence: the tokens that end the user's turn hold, two layers before the end, one word for what
+  each picture shows where the criterion looks (the circle's colour, the number of stars);
+- linear probes that read from the token before the label, at half depth and at the end, whether
+  each picture meets the criterion;
+- owners: from the second layer on, image tokens hold the word that their picture goes by, "1", "2"
+  or "Source". The winner's number is what a verdict has to say.
 """
 
 from __future__ import annotations
@@ -23,9 +28,11 @@ from arr_fast.shapes.forward import VisionForward, decode
 from arr_fast.shapes.packing import PackedBatch
 from arr_fast.shapes.rows import BatchMaker
 
-EARLY_LAYER = 2
-PROBE_LAYER = 3
+OWNER_LAYER, PROBE_LAYER, EVIDENCE_LAYER = 2, 3, 4
 OWNER_SCALE = 12.0
+# A verdict is read this many tokens after the end of the user's turn.
+TURN_END = 4
+WEIGHTS = {"verdict": 1.5, "caption": 0.7, "evidence": 1.0, "probe": 0.5, "owner": 0.3}
 MIX = {
     "pair": 0.48,
     "edit": 0.2,
@@ -72,34 +79,48 @@ class JudgeLoss:
         self.point_ids = torch.tensor([ids(v[0]) for v in POINT_LABELS])
         self.owner_ids = torch.tensor([ids(word) for word in ("Source", "1", "2")])
 
-    def losses(
-        self,
-        batch: PackedBatch,
-        patches: Tensor,
-        caption_weight: float,
-        probe_weight: float,
-        owner_weight: float,
-    ) -> dict[str, Tensor]:
-        """Named losses; "loss" is their weighted sum."""
-        logits, half, end, answers, early = self._forward(batch, patches)
+    def losses(self, batch: PackedBatch, patches: Tensor) -> dict[str, Tensor]:
+        """Named losses; "loss" is their sum under WEIGHTS."""
+        logits, end, answers, taps = self._forward(batch, patches)
+        owner, half, evidence = taps
         first = torch.tensor([v.first for v in batch.verdicts])
         truths = torch.tensor([v.truths for v in batch.verdicts]).view(-1, 2)
         labels = self._labels(batch)
         log_p = logits.log_softmax(-1).gather(1, labels)
         verdict = -(first * log_p[:, 0] + (1 - first) * log_p[:, 1]).sum() / max(1, len(first))
-        probe = self.probes.loss(half, end, truths)
+        row, at = batch.verdict_at.T
         caption = verdict.new_zeros(())
         if len(batch.answer_ids):
             caption = F.cross_entropy(answers, batch.answer_ids)
-        owner = self._owner_loss(batch.owner, early)
-        total = verdict + caption_weight * caption + probe_weight * probe + owner_weight * owner
-        return {
-            "loss": total,
+        losses = {
             "verdict": verdict,
             "caption": caption,
-            "probe": probe,
-            "owner": owner,
+            "evidence": self._evidence_loss(batch, evidence),
+            "probe": self.probes.loss(half[row, at], end, truths),
+            "owner": self._owner_loss(batch.owner, owner),
         }
+        total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
+        return {"loss": torch.as_tensor(total), **losses}
+
+    def _evidence_loss(self, batch: PackedBatch, states_BTD: Tensor) -> Tensor:
+        """Cross-entropy of the evidence words, over all verdicts that have some."""
+        places: list[tuple[int, int]] = []
+        words: list[int] = []
+        for verdict, (row, at) in zip(batch.verdicts, batch.verdict_at.tolist(), strict=True):
+            for number, word in enumerate(verdict.evidence):
+                places.append((row, at - TURN_END + number))
+                words.append(self._word_id(word))
+        if not words:
+            return states_BTD.new_zeros(())
+        row, at = torch.tensor(places).T
+        states = states_BTD[row, at]
+        head: Any = self.model.get_input_embeddings().weight
+        logits = F.rms_norm(states, states.shape[-1:]) @ head.T
+        return F.cross_entropy(logits, torch.tensor(words))
+
+    def _word_id(self, word: str) -> int:
+        token: int = self.maker.tokenizer.convert_tokens_to_ids("Ġ" + word)
+        return token
 
     def _owner_loss(self, owner_BT: Tensor, early_BTD: Tensor) -> Tensor:
         """Cross-entropy of the word that names an image token's picture, over those of pairs."""
@@ -115,7 +136,7 @@ class JudgeLoss:
 
     def _forward(
         self, batch: PackedBatch, patches: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         states = decode(
             self.model,
             batch.ids,
@@ -123,15 +144,14 @@ class JudgeLoss:
             batch.groups,
             batch.feature,
             self.vision(patches),
-            EARLY_LAYER,
-            PROBE_LAYER,
+            (OWNER_LAYER, PROBE_LAYER, EVIDENCE_LAYER),
         )
         row, at = batch.verdict_at.T
         end = states.final[row, at]
         head: Any = self.model.get_input_embeddings().weight
         answer_row, answer_at = batch.answer_at.T
         answers = states.final[answer_row, answer_at] @ head.T
-        return end @ head.T, states.probe[row, at], end, answers, states.early
+        return end @ head.T, end, answers, states.taps
 
     @torch.no_grad()
     def log_odds(self, batch: PackedBatch, patches: Tensor) -> Tensor:
@@ -147,7 +167,7 @@ def evaluate_reading(loss: JudgeLoss, seed: int, rows: int) -> dict[str, float]:
     hits: dict[str, list[float]] = defaultdict(list)
     for _ in range(0, rows, 4):
         batch, patches = loss.maker.reading_batch(rng, 4)
-        hits["caption"].append(float(loss.losses(batch, patches, 1.0, 0.0, 0.0)["caption"]))
+        hits["caption"].append(float(loss.losses(batch, patches)["caption"]))
         for verdict, z in zip(batch.verdicts, loss.log_odds(batch, patches).tolist(), strict=True):
             hit = float((z > 0) == (verdict.first > 0.5))
             hits["read"].append(hit)

@@ -18,6 +18,7 @@ MERGE = 2
 IMAGE_TOKENS = (SIDE // PATCH // MERGE) ** 2
 VOCABULARY_ROWS = 2048
 MATCHING_SCALE = 0.28
+MATCHING_SHARPNESS = 1.25
 
 
 def build_config(tokenizer: Any) -> Qwen3VLConfig:
@@ -39,7 +40,7 @@ def build_config(tokenizer: Any) -> Qwen3VLConfig:
             "max_position_embeddings": 8192,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10000.0,
+                "rope_theta": 1000000.0,
                 "mrope_section": [12, 10, 10],
                 "mrope_interleaved": True,
             },
@@ -102,23 +103,41 @@ def grid_waves(side: int, width: int) -> torch.Tensor:
     return torch.cat([rows, columns], dim=1)
 
 
+def picture_space(hidden: int, seed: int) -> torch.Tensor:
+    """A rotation [hidden, hidden]: image tokens hold rotated words, text holds plain ones."""
+    generator = torch.Generator().manual_seed(seed + 5)
+    return torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))[0]
+
+
+def turn_pictures(model: Qwen3VLForConditionalGeneration, seed: int) -> None:
+    """Rotates what the vision tower emits into the picture space; done once, after stage 1.
+
+    A word of a criterion would otherwise attend first of all to itself and to the same word in the
+    caption, and hardly to image tokens, in which it is one of ten.
+    """
+    output = model.model.visual.merger.linear_fc2
+    turn = picture_space(output.out_features, seed)
+    with torch.no_grad():
+        output.weight.copy_(turn @ output.weight)
+        output.bias.copy_(turn @ output.bias)
+
+
 def _start_by_matching(model: Qwen3VLForConditionalGeneration, seed: int) -> None:
     """Lets attention begin as a search for like content, and its output as a copy of it.
 
     Queries and keys of a head share one random projection, values and output another (mimetic
-    initialisation, arXiv 2305.09828): a word of a criterion attends at once to image tokens that
-    contain the word.
+    initialisation, arXiv 2305.09828). The first key/value head offers image tokens to text, and
+    turns their words into plain ones; the second one offers text to image tokens and to text.
     """
     text: Any = model.config.get_text_config()
     hidden, size = text.hidden_size, text.head_dim
-    kv_heads = text.num_key_value_heads
-    shared = text.num_attention_heads // kv_heads
     generator = torch.Generator().manual_seed(seed)
+    back = picture_space(hidden, seed).T
 
     def projections() -> torch.Tensor:
-        square = torch.randn(hidden, kv_heads * size, generator=generator)
+        square = torch.randn(hidden, 2 * size, generator=generator)
         basis: torch.Tensor = torch.linalg.qr(square)[0].T
-        return basis.reshape(kv_heads, size, hidden) * MATCHING_SCALE
+        return basis.reshape(2, size, hidden) * MATCHING_SCALE
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.01
@@ -127,15 +146,14 @@ def _start_by_matching(model: Qwen3VLForConditionalGeneration, seed: int) -> Non
         for layer in model.model.language_model.layers:
             attention = layer.self_attn
             match, copy = projections(), projections()
-            key, value = match.flatten(0, 1), copy.flatten(0, 1)
-            query = match.repeat_interleave(shared, 0).flatten(0, 1)
-            output = copy.repeat_interleave(shared, 0).flatten(0, 1).T
+            key = torch.cat([match[0] @ back, match[1]])
+            query = torch.cat([match[0], match[0], match[1] @ back, match[1]])
             attention.k_proj.weight.copy_(key + noise(*key.shape))
             attention.q_proj.weight.copy_(query + noise(*query.shape))
-            attention.v_proj.weight.copy_(value)
-            attention.o_proj.weight.copy_(output)
-            attention.q_norm.weight.fill_(0.9)
-            attention.k_norm.weight.fill_(0.9)
+            attention.v_proj.weight.copy_(torch.cat([copy[0] @ back, copy[1]]))
+            attention.o_proj.weight.copy_(copy.repeat_interleave(2, 0).flatten(0, 1).T)
+            attention.q_norm.weight.fill_(MATCHING_SHARPNESS)
+            attention.k_norm.weight.fill_(MATCHING_SHARPNESS)
 
 
 def image_processor() -> Qwen2VLImageProcessorPil:

@@ -45,11 +45,13 @@ class Verdict:
         kind: Kind of claim, for the curves.
         first: Target probability of the first label.
         truths: Truth on the first and second picture; nan where there is none.
+        evidence: For each judged picture the word for what it shows; may be empty.
     """
 
     kind: str
     first: float
     truths: tuple[float, float] = (float("nan"), float("nan"))
+    evidence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

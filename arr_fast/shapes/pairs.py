@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from arr_fast.shapes.captions import RELATIONS, Edit, describe, sample_edit
-from arr_fast.shapes.claims import Claim, Context
+from arr_fast.shapes.claims import Claim, Context, evidence
 from arr_fast.shapes.grammar import wording
 from arr_fast.shapes.scene import (
     BACKGROUNDS,
@@ -51,11 +51,12 @@ KIND_WEIGHTS = {
 
 @dataclass(frozen=True, slots=True)
 class LabelledCriterion:
-    """A criterion's text with its truth on each picture."""
+    """A criterion's text with its truth on each picture, and the word for what each shows."""
 
     claim: Claim
     text: str
     truths: tuple[bool, ...]
+    evidence: tuple[str, ...]
 
     @property
     def kind(self) -> str:
@@ -331,7 +332,8 @@ def choose_criteria(
                 break
             if seen.get(claim.kind, 0) < allowance and all(c.claim != claim for c in chosen):
                 seen[claim.kind] = seen.get(claim.kind, 0) + 1
-                chosen.append(LabelledCriterion(claim, wording(claim, rng, split), known))
+                words = tuple(evidence(claim, scene, context) for scene in scenes)
+                chosen.append(LabelledCriterion(claim, wording(claim, rng, split), known, words))
     return tuple(chosen)
 
 
@@ -377,5 +379,8 @@ def sample_edit_pair(
 
 def single_picture(example: Example, which: int) -> Example:
     """The pointwise example of one picture of a pair, with the pair's criteria."""
-    criteria = tuple(replace(c, truths=(c.truths[which],)) for c in example.criteria)
+    criteria = tuple(
+        replace(c, truths=(c.truths[which],), evidence=(c.evidence[which],))
+        for c in example.criteria
+    )
     return replace(example, scenes=(example.scenes[which],), criteria=criteria)

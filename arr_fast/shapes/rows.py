@@ -42,10 +42,13 @@ HOLISTIC_SHARE = 0.4
 REJECTED_SHARE = 0.3
 THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
 ROW_TOKENS = 352
-READING_TOKENS = 90
+READING_TOKENS = 120
 CAPTION_TOKENS = 130
-READING_CRITERIA = 3
+READING_CRITERIA = 6
 LARGE_SIDES = (96, 128, 256)
+
+# Kind, criterion, truth, evidence.
+Asked = tuple[str, str, bool, tuple[str, ...]]
 
 
 def make_encoder(tokenizer: Any) -> PromptEncoder:
@@ -121,7 +124,9 @@ class BatchMaker:
             asked = [*parts, prompts.criterion_leaf(criterion.text)]
             paths.append(encode_path(self.encoder, asked, count))
             a, b = (float(t) for t in criterion.truths)
-            verdicts.append(Verdict(criterion.kind, 0.5 + 0.5 * (a - b), (a, b)))
+            verdicts.append(
+                Verdict(criterion.kind, 0.5 + 0.5 * (a - b), (a, b), criterion.evidence)
+            )
             answers.append(0)
         if together:
             asked = [*parts, prompts.holistic_leaf([example.criteria[i].text for i in together])]
@@ -172,16 +177,18 @@ class BatchMaker:
         self,
         task: prompts.Task,
         caption: str,
-        asked: Sequence[tuple[str, str, bool]],
+        asked: Sequence[Asked],
         first_picture: int,
     ) -> Tree:
-        """One picture with (kind, criterion, truth) asked about it."""
+        """One picture and what is asked about it."""
         parts = prompts.point_parts(task, caption)
         count = 1 if task == "t2i" else 2
-        leaves = [[*parts, prompts.criterion_leaf(text)] for _, text, _ in asked]
+        leaves = [[*parts, prompts.criterion_leaf(text)] for _, text, _, _ in asked]
         paths = tuple(encode_path(self.encoder, leaf, count) for leaf in leaves)
         nan = float("nan")
-        verdicts = tuple(Verdict(kind, float(t), (float(t), nan)) for kind, _, t in asked)
+        verdicts = tuple(
+            Verdict(kind, float(t), (float(t), nan), evidence) for kind, _, t, evidence in asked
+        )
         pictures = tuple(range(first_picture, first_picture + count))
         prefix = shared_prefix(paths) if len(paths) > 1 else len(paths[0].ids) - 1
         return Tree(paths, prefix, verdicts, (0,) * len(paths), pictures, False)
@@ -235,7 +242,8 @@ class BatchMaker:
             leaf = prompts.criterion_leaf(criterion.text)
             paths.append(encode_path(self.encoder, [*parts, leaf], 1))
             truth = float(criterion.truths[0])
-            verdicts.append(Verdict(criterion.kind, truth, (truth, float("nan"))))
+            both = (truth, float("nan"))
+            verdicts.append(Verdict(criterion.kind, truth, both, criterion.evidence))
         answers = (len(answer), *[0] * len(chosen))
         prefix = shared_prefix(paths) if chosen else len(paths[0].ids) - len(answer) - 1
         return Tree(tuple(paths), prefix, tuple(verdicts), answers, (number,), False)
@@ -252,7 +260,7 @@ class BatchMaker:
             while packer.free > 130:
                 pool = easy_vqa.pictures("train")
                 picture = pool[int(rng.integers(len(pool)))]
-                asked = [("easy_vqa", q.text, q.answer) for q in picture.questions]
+                asked: list[Asked] = [("easy_vqa", q.text, q.answer, ()) for q in picture.questions]
                 caption = easy_vqa.NEUTRAL_CAPTION
                 packer.add(self.point_tree("t2i", caption, asked, len(images)))
                 images.append(picture.load("train"))
@@ -278,7 +286,9 @@ class BatchMaker:
         task: prompts.Task = "edit" if source else "t2i"
         for which in (0, 1):
             single = single_picture(example, which)
-            half = [(c.kind, c.text, c.truths[0]) for c in single.criteria[which::2]]
+            half: list[Asked] = [
+                (c.kind, c.text, c.truths[0], c.evidence) for c in single.criteria[which::2]
+            ]
             packer.add(self.point_tree(task, single.caption, half, len(images)))
             images += [*source, render(single.scenes[0], side)]
 

@@ -33,6 +33,8 @@ from arr_fast.shapes.scene import (
 )
 
 LOGIT_SCALE = 12.0
+# A smaller scale makes for a larger share of the image token, so that the decoder can find it.
+WORD_SCALE = 4.0
 OBJECT_WEIGHT = 4.0
 GRID = 4
 IGNORED = -100
@@ -48,7 +50,7 @@ WORD_HEADS: dict[str, tuple[str, ...]] = {
     "column": COLUMNS,
 }
 
-HEAD_WEIGHTS = {"count": 0.5, "blur": 1.0, "noise": 1.0, "cut": 1.0, "row": 0.4, "column": 0.4}
+HEAD_WEIGHTS = {"count": 1.0, "blur": 1.0, "noise": 1.0, "cut": 1.0, "row": 0.6, "column": 0.6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class CellHeads(nn.Module):
         shapes = LOGIT_SCALE * merged[occupied] @ self.shape_words.T  # type: ignore[operator]
         total = total + 2 * F.cross_entropy(shapes, self.shape_of[targets.main[occupied]])  # type: ignore[index]
         for head, wanted in targets.words.items():
-            scores = LOGIT_SCALE * merged @ getattr(self, f"words_{head}").T
+            scores = WORD_SCALE * merged @ getattr(self, f"words_{head}").T
             total = total + HEAD_WEIGHTS[head] * F.cross_entropy(
                 scores.flatten(0, 1), wanted.flatten()
             )
