@@ -1,7 +1,8 @@
 """Formulas over latents that torch.compile fuses into one loop each, on a CPU with a C++ compiler.
 
-A graph is built at the first call per combination of dtypes and terms, for all shapes, and Inductor
-keeps its binaries on disk. `run_fused` answers None where a formula has to be done otherwise.
+A graph is built at the first call per combination of dtypes and terms, and Inductor keeps its
+binaries on disk. It serves all shapes, but for a batch of one and for samples up to 4096 numbers,
+which PyTorch tells apart. `run_fused` answers None where a formula has to be done otherwise.
 """
 
 from __future__ import annotations
@@ -21,29 +22,31 @@ logger = logging.getLogger("arr_fast")
 # 8 samples of 512 px FLUX latents. Smaller passes run in the caches, where a graph would have to
 # run tens of thousands of times to earn its compilation.
 FUSED_ELEMENTS = 8 * 1024 * 64
-Formula = Callable[[list[Tensor], list[Tensor]], Tensor]
+Formula = Callable[[list[Tensor], Tensor | None], Tensor]
 
 
-def error_square_sums(latents: list[Tensor], scalars: list[Tensor]) -> Tensor:
+def error_square_sums(latents: list[Tensor], scalars: Tensor | None) -> Tensor:
     """[B] sums of (x' - x_scale x - v_scale v)^2, from (v, x, x') and (x_scale, v_scale)."""
+    assert scalars is not None
     return _error(latents, scalars).square().sum(1)
 
 
-def gap_square_sums(latents: list[Tensor], scalars: list[Tensor]) -> Tensor:
+def gap_square_sums(latents: list[Tensor], scalars: Tensor | None) -> Tensor:
     """[B] sums of (v - other)^2, from (v, other)."""
     return (latents[0].float() - latents[1].float()).square().sum(1)
 
 
-def velocity_gradient(latents: list[Tensor], scalars: list[Tensor]) -> Tensor:
+def velocity_gradient(latents: list[Tensor], scalars: Tensor | None) -> Tensor:
     """[B, E] dv, from (v, x, x', others) and (x_scale, v_scale, error_scale, a scale each)."""
+    assert scalars is not None
     v = latents[0].float()
     total = scalars[2][:, None] * _error(latents, scalars)
-    for scale, other in zip(scalars[3:], latents[3:], strict=True):
-        total = total + scale[:, None] * (v - other.float())
+    for i, other in enumerate(latents[3:], start=3):
+        total = total + scalars[i][:, None] * (v - other.float())
     return total.to(latents[0].dtype)
 
 
-def _error(latents: list[Tensor], scalars: list[Tensor]) -> Tensor:
+def _error(latents: list[Tensor], scalars: Tensor) -> Tensor:
     v, x, x_next = (tensor.float() for tensor in latents[:3])
     return x_next - scalars[0][:, None] * x - scalars[1][:, None] * v
 
@@ -71,9 +74,11 @@ def run_fused(formula: Formula, latents: list[Tensor], scalars: list[Tensor]) ->
             # the compiler would build a joint graph with a backward.
             with torch.no_grad():
                 flat = [tensor.detach().flatten(1) for tensor in latents]
-                return _compiled(formula)(flat, scalars)
+                # One table, never a view: guards look at the base of a view as well.
+                return _compiled(formula)(flat, torch.stack(scalars) if scalars else None)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            reason = f"torch.compile failed: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            said = str(error).split("\n\n")[0]
+            reason = f"torch.compile failed: {' '.join(said.split()) or repr(error)}"
             _failures.append(reason)
     _log_once(reason)
     return None
