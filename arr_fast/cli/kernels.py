@@ -5,8 +5,8 @@ prints what breaks a budget and exits with 1 if anything does. `--json` writes o
 
     {"schema": "arr_fast.kernels/1", "triton": version, "ok": bool, "rows": [{op, kernel, shape,
      dtype, arch, gpu, constants, num_warps, num_stages, programs, registers, spill_bytes,
-     vgpr_spills, shared, blocks_per_sm, matrix, async_copies, flops, least_bytes, bytes,
-     hbm_bytes, bytes_over_least, roofline_us, bound, reason, problems}]}
+     vgpr_spills, shared, blocks_per_sm, matrix, async_copies, sass_matrix, sass_async_copies,
+     flops, least_bytes, bytes, hbm_bytes, bytes_over_least, roofline_us, bound, reason, problems}]}
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def _table(rows: Sequence[Row]) -> Table:
     from arr_fast_kernels.roofline import GPUS
 
     arch = rows[0].case.arch
+    is_nvidia = arch.startswith("sm_")
     table = Table(title=f"{arch} ({GPUS[arch].name})", title_justify="left")
     for column in ("kernel", "shape", "dtype"):
         table.add_column(column, no_wrap=True)
@@ -132,6 +133,7 @@ def _table(rows: Sequence[Row]) -> Table:
         "shared B",
         "blocks/SM",
         "matrix",
+        "async",
         "GFLOP",
         "HBM MB",
         "x least",
@@ -149,7 +151,9 @@ def _table(rows: Sequence[Row]) -> Table:
             str(resources.spill_bytes),
             str(resources.shared),
             str(row.blocks_per_sm),
-            str(resources.matrix or "-"),
+            # Of the machine code: SASS, or AMDGCN.
+            str((resources.sass_matrix or 0) if is_nvidia else resources.matrix),
+            str((resources.sass_async_copies or 0) if is_nvidia else resources.async_copies),
             f"{case.flops / 1e9:.2f}",
             f"{case.hbm_bytes / 1e6:.1f}",
             f"{case.hbm_bytes / case.least_bytes:.2f}",

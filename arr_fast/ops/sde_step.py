@@ -268,5 +268,6 @@ def check_scalars(scalars: dict[str, Tensor], latents: Tensor) -> None:
             )
         if scalar.device != latents.device:
             raise ValueError(f"{name} is on {scalar.device}, the latents are on {latents.device}")
-        if scalar.device.type == "cpu" and bool(scalar.isnan().any()):
-            raise ValueError(f"{name} holds NaN: {scalar.tolist()}")
+    if latents.device.type == "cpu" and bool(torch.stack([*scalars.values()]).isnan().any()):
+        name, scalar = next(item for item in scalars.items() if bool(item[1].isnan().any()))
+        raise ValueError(f"{name} holds NaN: {scalar.tolist()}")

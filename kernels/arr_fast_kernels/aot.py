@@ -2,9 +2,11 @@
 made of it.
 
 NVIDIA: registers, stack and shared memory from `cuobjdump --dump-resource-usage` on the cubin
-(spills live in the stack frame, so stack 0 is no spill), instructions from PTX. AMD: the metadata
-and instructions of the AMDGCN text. The interpreter replaces `triton.jit`, so this module refuses
-to run under TRITON_INTERPRET=1. Idea: Triton's own python/test/unit/language/test_compile_only.py.
+(spills live in the stack frame, so stack 0 is no spill), instructions from PTX and, as ptxas left
+them, from nvdisasm's SASS; both tools come with triton. AMD: the metadata and instructions of the
+AMDGCN text, which is the machine code. The interpreter replaces `triton.jit`, so this module
+refuses to run under TRITON_INTERPRET=1. Idea: Triton's own
+python/test/unit/language/test_compile_only.py.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,10 @@ MATRIX_INSTRUCTION = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
 }
+# The machine instructions that ptxas makes of them, whatever their number format.
+SASS_MATRIX = {"sm_80": "[HI]MMA", "sm_90": "[HIQ]GMMA", "sm_100": "UTC[HIQO]MMA"}
+# cp.async; a bulk copy; a tile copy through a tensor map.
+SASS_ASYNC_COPY = "LDGSTS|UBLKCP|UTMALDG"
 _CASE_KEYS: tuple[str, ...] = (
     "op",
     "kernel",
@@ -109,18 +116,17 @@ def compile_case(case: Case) -> Resources:
     return _read_cubin(compiled.asm["cubin"], compiled.asm["ptx"], case.arch, shared)
 
 
+# Shapes that share constants share a binary: it is taken apart once.
+@lru_cache(maxsize=32)
 def _read_cubin(cubin: bytes, ptx: str, arch: str, shared: int) -> Resources:
     import triton
 
+    tools = triton.knobs.nvidia
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        usage = _output_of(tools.cuobjdump.path, "--dump-resource-usage", file.name)
+        sass = _output_of(tools.nvdisasm.path, "--print-code", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
@@ -132,7 +138,18 @@ def _read_cubin(cubin: bytes, ptx: str, arch: str, shared: int) -> Resources:
         shared=shared,
         matrix=ptx.count(MATRIX_INSTRUCTION[arch]),
         async_copies=len(re.findall(ASYNC_COPY["sm"], ptx)),
+        sass_matrix=count_sass(sass, SASS_MATRIX[arch]),
+        sass_async_copies=count_sass(sass, SASS_ASYNC_COPY),
     )
+
+
+def _output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def count_sass(sass: str, opcode: str) -> int:
+    """Instructions of nvdisasm's text whose opcode matches; a predicate may stand before it."""
+    return len(re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?:{opcode})\b", sass, re.M))
 
 
 def _read_amdgcn(text: str, shared: int) -> Resources:
@@ -149,6 +166,8 @@ def _read_amdgcn(text: str, shared: int) -> Resources:
         shared=shared,
         matrix=text.count(MATRIX_INSTRUCTION["gfx942"]),
         async_copies=len(re.findall(ASYNC_COPY["gfx"], text)),
+        sass_matrix=None,
+        sass_async_copies=None,
     )
 
 
@@ -165,6 +184,8 @@ def problems_of(case: Case, resources: Resources) -> tuple[str, ...]:
             found.append(f"{resources.vgpr_spills} vgprs spilled")
         if case.matrix and not resources.matrix:
             found.append(f"no {MATRIX_INSTRUCTION[case.arch]}")
+        elif case.matrix and resources.sass_matrix == 0:
+            found.append(f"no {SASS_MATRIX[case.arch]} in SASS")
     if case.op in ("sde_step", "rpo_loss") and case.hbm_bytes > 1.1 * case.least_bytes:
         found.append("bytes over 1.1x the least")
     if case.kernel == "_prefix_attention_kernel":

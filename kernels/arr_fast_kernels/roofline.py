@@ -50,8 +50,10 @@ class Resources:
         spill_bytes: stack frame (NVIDIA) or private segment (AMD), bytes per thread.
         vgpr_spills: spilled vector registers (AMD; 0 elsewhere).
         shared: shared memory of a program, bytes.
-        matrix: matrix instructions of the architecture's own kind in the text.
-        async_copies: asynchronous copies to shared memory in the text.
+        matrix: matrix instructions of the architecture's own kind in PTX or AMDGCN.
+        async_copies: asynchronous copies to shared memory in PTX or AMDGCN.
+        sass_matrix: matrix instructions in SASS (None on AMD).
+        sass_async_copies: asynchronous copies in SASS (None on AMD).
     """
 
     registers: int
@@ -60,6 +62,8 @@ class Resources:
     shared: int
     matrix: int
     async_copies: int
+    sass_matrix: int | None
+    sass_async_copies: int | None
 
 
 def blocks_per_sm(case: Case, resources: Resources) -> int:

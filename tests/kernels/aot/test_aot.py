@@ -51,6 +51,23 @@ def test_budgets(case: Case) -> None:
     row = aot.build_row(case)
     assert row.problems == ()
     assert row.blocks_per_sm >= 1
+    if case.matrix and case.arch != "gfx942":
+        assert row.resources.sass_matrix and row.resources.sass_async_copies
+
+
+def test_sass_is_counted_by_opcode() -> None:
+    """Lines as nvdisasm prints them: predicated ones count, operands and labels do not."""
+    sass = """
+.text._kernel:
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;
+        /*00a0*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*00b0*/              @!P0 LDGSTS.E.BYPASS.128 [R5], desc[UR8][R2.64] ;
+        /*00c0*/              @UP1 UBLKCP.S.G [UR4], [UR6], UR8 ;
+        /*1100*/                   MOV R2, `(HGMMA) ;
+"""
+    assert aot.count_sass(sass, aot.SASS_MATRIX["sm_90"]) == 1
+    assert aot.count_sass(sass, aot.SASS_MATRIX["sm_80"]) == 0
+    assert aot.count_sass(sass, aot.SASS_ASYNC_COPY) == 2
 
 
 @pytest.mark.slow
@@ -73,9 +90,20 @@ def test_a_spilling_configuration_is_seen() -> None:
 def test_problems_name_each_budget() -> None:
     case = attention_case("gfx942", "bf16", "qwen3-vl-2b", 16, 8, 128)
     good = aot.Resources(
-        registers=128, spill_bytes=0, vgpr_spills=0, shared=32768, matrix=64, async_copies=0
+        registers=128,
+        spill_bytes=0,
+        vgpr_spills=0,
+        shared=32768,
+        matrix=64,
+        async_copies=0,
+        sass_matrix=None,
+        sass_async_copies=None,
     )
     assert aot.problems_of(case, good) == ()
+    on_nvidia = attention_case("sm_90", "bf16", "qwen3-vl-2b", 16, 8, 128)
+    assert aot.problems_of(on_nvidia, replace(good, sass_matrix=8)) == ()
+    (lost,) = aot.problems_of(on_nvidia, replace(good, sass_matrix=0))
+    assert lost == "no [HIQ]GMMA in SASS"
     for change, words in (
         ({"spill_bytes": 4}, "bytes of stack"),
         ({"vgpr_spills": 2}, "vgprs spilled"),
