@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -50,11 +51,15 @@ class CallLog:
 
     def put(self, key: str, value: Any) -> None:
         """Keeps a value; on return it is in the file."""
-        line = json.dumps({"schema": SCHEMA, "key": key, "value": value})
+        self.put_all({key: value})
+
+    def put_all(self, values: Mapping[str, Any]) -> None:
+        """Keeps several values, in one write: what one call gave is there, or none of it is."""
+        lines = [json.dumps({"schema": SCHEMA, "key": k, "value": v}) for k, v in values.items()]
         with self._lock:
-            self._values[key] = value
+            self._values |= values
             if self._handle is not None:
-                self._handle.write(line + "\n")
+                self._handle.write("".join(line + "\n" for line in lines))
                 self._handle.flush()
 
     def close(self) -> None:
