@@ -7,11 +7,10 @@ that any criterion may use (image, background, colour, ...) are no content words
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from arr_fast.autorubric.labelled import LabelledPair
 from arr_fast.rubric import Rubric
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
@@ -46,6 +45,11 @@ _GENERAL = frozenset(
     "quality realistic natural image's caption's described shown shows show visible present named "
     "mentioned stated requested asked view area part parts text".split()
 )
+# A criterion that names a colour is about one picture, whatever its caption says.
+_COLOURS = frozenset(
+    "red green blue yellow purple orange white black gray grey beige navy brown pink teal cyan "
+    "magenta violet turquoise golden silver scarlet crimson maroon olive".split()
+)
 _EMPTY_PRAISE = frozenset(
     "good great nice best better beautiful pretty appealing pleasing attractive excellent amazing "
     "perfect fine well looks look looking overall high level general generally quality image "
@@ -65,14 +69,13 @@ def named_words(text: str, caption: str) -> set[str]:
 
 
 def is_general(text: str, caption: str) -> bool:
-    """Whether a criterion names nothing of a caption."""
-    return not named_words(text, caption)
+    """Whether a criterion names nothing of a caption, and no colour."""
+    return not (named_words(text, caption) or _COLOURS & _words(text))
 
 
 def is_checkable(text: str) -> bool:
     """Whether a criterion names any property, beyond praise and words that mean anything."""
-    words = {word.casefold() for word in _WORD.findall(text)}
-    return bool(words - _STOP - _EMPTY_PRAISE)
+    return bool(_words(text) - _STOP - _EMPTY_PRAISE)
 
 
 @dataclass(slots=True)
@@ -122,15 +125,14 @@ def rubric_warnings(rubric: Rubric) -> list[str]:
     return warnings
 
 
-def names_of_several(text: str, pairs: Sequence[LabelledPair]) -> set[str]:
-    """Captions' content words in a merged criterion: what none of its own pairs may hold."""
-    return {word for pair in pairs for word in named_words(text, pair.prompt)}
-
-
 @lru_cache(maxsize=65536)
 def _content(text: str) -> frozenset[str]:
-    words = {word.casefold() for word in _WORD.findall(text)}
-    return frozenset(_stem(word) for word in words - _STOP - _GENERAL if len(word) > 1)
+    words = _words(text) - _STOP - _GENERAL
+    return frozenset(_stem(word) for word in words if len(word) > 1)
+
+
+def _words(text: str) -> set[str]:
+    return {word.casefold() for word in _WORD.findall(text)}
 
 
 def _stem(word: str) -> str:
