@@ -56,7 +56,7 @@ class Theme(_Answer):
 
 
 class ThemesAnswer(_Answer):
-    """{"themes": [{"theme": "...", "criteria": [{"text": ..., "level": ..., "sources": [...]}]}]}"""
+    """{"themes": [{"theme": "...", "criteria": [{"text", "level", "sources"}, ...]}, ...]}"""
 
     themes: list[Theme] = Field(min_length=1)
 
@@ -159,5 +159,3 @@ def _load(raw: str) -> Any:
     if not body.strip():
         raise AnswerError("no JSON object in the answer", raw)
     return loads(body)
-
-

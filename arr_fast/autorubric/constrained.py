@@ -169,7 +169,7 @@ def token_bytes(tokenizer: Any, size: int) -> list[bytes | None]:
     return tokens
 
 
-class CriteriaProcessor(LogitsProcessor):  # type: ignore[misc]
+class CriteriaProcessor(LogitsProcessor):
     """Masks logits so that every row of a batch writes a list of criteria.
 
     Args:
@@ -231,7 +231,7 @@ class CriteriaProcessor(LogitsProcessor):  # type: ignore[misc]
         return changed if changed.any() else mask
 
 
-class GumbelSampling(LogitsProcessor):  # type: ignore[misc]
+class GumbelSampling(LogitsProcessor):
     """Makes greedy search sample: argmax(scores / T + Gumbel noise), each row by its own seed.
 
     What a row draws depends on its seed and step alone, not on the batch around it.

@@ -93,7 +93,9 @@ def generate(
     Raises:
         ArrFastError: A guide was given and the templates do not use it.
     """
-    check_guide(templates, "generate_general" if settings.general else "generate_specific", exemplars)
+    check_guide(
+        templates, "generate_general" if settings.general else "generate_specific", exemplars
+    )
     requests = [
         request_of(
             templates.for_pair(
@@ -136,9 +138,7 @@ def generate_from_prompts(
                 prompt, source, limit=settings.criteria, problem=problem, exemplars=exemplars
             )
             requests.append(request_of(conversation, settings, prompt, attempt, attempt=attempt))
-        for place, request, reply in zip(
-            open_places, requests, writer.ask(requests), strict=True
-        ):
+        for place, request, reply in zip(open_places, requests, writer.ask(requests), strict=True):
             found[place] = _read_prompt_reply(prompts[place][0], request, reply)
     return found
 

@@ -138,8 +138,7 @@ def _decode(record: Record, preferred: Literal[1, 2]) -> LabelledPair:
         return to_image(data, name=f"{record.name}: {what}")
 
     first, second = (
-        read(image, f"image {side}")
-        for image, side in zip(record.images, "AB", strict=True)
+        read(image, f"image {side}") for image, side in zip(record.images, "AB", strict=True)
     )
     source = None if record.source is None else read(record.source, "source image")
     return LabelledPair(record.name, record.prompt, (first, second), preferred, source)

@@ -121,9 +121,7 @@ class LocalBackend:
             return
         seconds = (time.perf_counter() - started) / len(batch)
         for prepared, (text, count, ended) in zip(batch, answers, strict=True):
-            reply = TextReply(
-                text, "stop" if ended else "length", prepared.length, count, seconds
-            )
+            reply = TextReply(text, "stop" if ended else "length", prepared.length, count, seconds)
             on_result(prepared.place, reply)
 
     @torch.inference_mode()

@@ -37,7 +37,9 @@ logger = logging.getLogger("arr_fast")
 Form = Literal["json_schema", "json_object", "text"]
 FORMS: tuple[Form, ...] = ("json_schema", "json_object", "text")
 # What chat templates spell control tokens with: <|im_end|>, <image>, </s>, [INST].
-_CONTROL = re.compile(r"<(?=\|?/?[A-Za-z_][\w.:/ -]{0,60}\|?>)|\[(?=/?(?:INST|SYSTEM_PROMPT|IMG)\])")
+_CONTROL = re.compile(
+    r"<(?=\|?/?[A-Za-z_][\w.:/ -]{0,60}\|?>)|\[(?=/?(?:INST|SYSTEM_PROMPT|IMG)\])"
+)
 
 
 class OpenAIBackend:

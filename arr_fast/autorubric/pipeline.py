@@ -121,9 +121,7 @@ class AutoRubric:
     def generate(self, pairs: Sequence[LabelledPair]) -> list[PairCriteria]:
         """Writes criteria for every pair (eq. 6)."""
         with _Timed(self, f"generate: {len(pairs)} pairs"):
-            states = generate(
-                self.writer, self.templates, pairs, self.settings, self.exemplars
-            )
+            states = generate(self.writer, self.templates, pairs, self.settings, self.exemplars)
         self._write_lines(PAIRS, [state.to_json() for state in states])
         return states
 
@@ -266,7 +264,7 @@ class AutoRubric:
         values = weights.weights[chosen]
         # Only ratios of weights move a verdict of log_odds_mean: the mean weight is 1.
         unit = float(np.abs(values).mean())
-        rubric = to_rubric(kept, name="auto-rubric", task=task, weights=values / unit)
+        rubric = to_rubric(kept, name="auto-rubric", task=task, weights=(values / unit).tolist())
         # Z = sum w x / sum |w|, and the fitted log-odds are sum w x: T = 1 / sum |w|.
         temperature = 1.0 / float(np.abs(values).sum())
         revision = self.verdicts.judge.engine.loaded.revision

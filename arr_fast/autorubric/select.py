@@ -1,4 +1,4 @@
-"""Select (eq. 5): the subset of criteria, and their weights, by which the judge is right most often.
+"""Select (eq. 5): the criteria, and their weights, by which the judge is right most often.
 
 The matrix of log-odds is given; from here on it is arithmetic. Everything is odd under exchange of
 A and B: there is no intercept, and each pair counts from both sides.
@@ -212,9 +212,7 @@ def _best_scale(mean: np.ndarray, label: np.ndarray) -> float:
     return float(_SCALES[int(np.argmin(losses))])
 
 
-def _fit_l1(
-    values: np.ndarray, label: np.ndarray, fold_of: np.ndarray, limit: int
-) -> np.ndarray:
+def _fit_l1(values: np.ndarray, label: np.ndarray, fold_of: np.ndarray, limit: int) -> np.ndarray:
     """l1 logistic weights, none negative, at most `limit`, strength by cross-validation."""
     losses = []
     for strength in STRENGTHS:

@@ -36,9 +36,9 @@ _LEVEL_WORDS: dict[Level, str] = {
     "frame covered hidden bar anatomy hands fingers colour color colours colors lighting shadow",
 }
 # Words that say nothing about which criterion it is.
-_FILLER = frozenset(
+_FILLER = (
     "the a an is are of in to no not there that which it its as by on at be been has have does do "
-    "image picture scene photo all every any".split()
+    "image picture scene photo all every any"
 )
 
 
@@ -267,7 +267,7 @@ def _text_features(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     except ImportError:
         raise MissingDependencyError("scikit-learn", "autorubric") from None
     vectorizer = TfidfVectorizer(
-        token_pattern=r"(?u)\{?\b\w+\b\}?", stop_words=sorted(_FILLER), sublinear_tf=True
+        token_pattern=r"(?u)\{?\b\w+\b\}?", stop_words=_FILLER.split(), sublinear_tf=True
     )
     try:
         rows = vectorizer.fit_transform(texts).toarray()

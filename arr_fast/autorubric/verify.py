@@ -42,8 +42,8 @@ class Verification:
         return {
             "passed": self.passed,
             "score": None if np.isnan(self.score) else self.score,
-            "support": self.support.tolist(),
-            "position_bias": self.bias.tolist(),
+            "support": _numbers(self.support),
+            "position_bias": _numbers(self.bias),
         }
 
 
@@ -71,6 +71,12 @@ def verify(
     ]
 
 
+def unverified(state: PairCriteria) -> Verification:
+    """What is known of a pair before it is judged: nothing."""
+    blank = np.full(len(state.texts), np.nan)
+    return Verification(False, float("nan"), blank, blank, "")
+
+
 def _verification(state: PairCriteria, odds: np.ndarray, consistent: bool) -> Verification:
     sign = state.pair.label
     forward, reverse = sign * odds[:, 0], -sign * odds[:, 1]
@@ -88,7 +94,10 @@ def critique_table(texts: Sequence[str], support: np.ndarray, bias: np.ndarray) 
     """Per criterion the log-odds for the preferred image and what the order of showing adds."""
     rows = ["log-odds | order bias | criterion"]
     rows += [
-        f"{s:+8.2f} | {b:+10.2f} | {text}"
-        for text, s, b in zip(texts, support, bias, strict=True)
+        f"{s:+8.2f} | {b:+10.2f} | {text}" for text, s, b in zip(texts, support, bias, strict=True)
     ]
     return "\n".join([*rows, f"{support.mean():+8.2f} |            | mean of all"])
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]

@@ -24,7 +24,13 @@ _COMPARISON = re.compile(
     r"|\bcompared\s+(?:to|with)\s+the\s+other\b",
     re.IGNORECASE,
 )
-_STOP = frozenset(
+
+
+def _word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_STOP = _word_set(
     "a an and any are as at be been being but by can could do does each either every few for from "
     "had has have he her his i if in into is it its just many may might most much must neither no "
     "none nor not of off on only onto or our out over own per same she should so some such than "
@@ -32,10 +38,10 @@ _STOP = frozenset(
     "were what when where whether which while who whom whose why will with within without would "
     "you your all also both other others another between among about above below near next beside "
     "behind front left right top bottom side using use used make makes made put add change remove "
-    "replace turn take".split()
+    "replace turn take"
 )
 # What criteria of any caption talk about.
-_GENERAL = frozenset(
+_GENERAL = _word_set(
     "image images picture pictures photo photos photograph scene scenes frame caption captions "
     "prompt prompts instruction instructions source edit edits edited object objects thing things "
     "element elements subject subjects item items detail details colour colours color colors "
@@ -43,18 +49,18 @@ _GENERAL = frozenset(
     "position positions place placed placement arrangement layout composition relation relations "
     "style light lighting shadow shadows texture edge edges sharp clear clean blur blurry noise "
     "quality realistic natural image's caption's described shown shows show visible present named "
-    "mentioned stated requested asked view area part parts text".split()
+    "mentioned stated requested asked view area part parts text"
 )
 # A criterion that names a colour is about one picture, whatever its caption says.
-_COLOURS = frozenset(
+_COLOURS = _word_set(
     "red green blue yellow purple orange white black gray grey beige navy brown pink teal cyan "
-    "magenta violet turquoise golden silver scarlet crimson maroon olive".split()
+    "magenta violet turquoise golden silver scarlet crimson maroon olive"
 )
-_EMPTY_PRAISE = frozenset(
+_EMPTY_PRAISE = _word_set(
     "good great nice best better beautiful pretty appealing pleasing attractive excellent amazing "
     "perfect fine well looks look looking overall high level general generally quality image "
     "picture photo edit output result overall preferred prefer like likeable impressive wonderful "
-    "aesthetic aesthetically interesting feels feel more it one is".split()
+    "aesthetic aesthetically interesting feels feel more it one is"
 )
 
 
@@ -65,7 +71,7 @@ def compares(text: str) -> bool:
 
 def named_words(text: str, caption: str) -> set[str]:
     """Content words of a caption that occur in a criterion; "{caption}" is no word of it."""
-    return _content(text.replace("{caption}", " ")) & _content(caption)
+    return set(_content(text.replace("{caption}", " ")) & _content(caption))
 
 
 def is_general(text: str, caption: str) -> bool:

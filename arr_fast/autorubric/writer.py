@@ -85,9 +85,7 @@ class Writer:
         if allowed:
             self.backend.generate([requests[place] for place in allowed], keep)
         self.cost.from_log += len(requests) - len(missing)
-        return [
-            results[key] if key in results else TextReply(**self._log.get(key)) for key in keys
-        ]
+        return [results[key] if key in results else TextReply(**self._log.get(key)) for key in keys]
 
     def _count(self, result: TextResult) -> None:
         if isinstance(result, TextReply):
