@@ -183,7 +183,7 @@ class OpenAIBackend:
     def _wait(self, state: Any) -> float:
         """Seconds until the next attempt."""
         backoff = self._tenacity.wait_exponential_jitter(
-            initial=self._first_wait, max=self._longest_wait, jitter=0.25 * self._first_wait
+            multiplier=self._first_wait, max=self._longest_wait, jitter=0.25 * self._first_wait
         )(state)
         error = state.outcome.exception()
         response = getattr(error, "response", None)
