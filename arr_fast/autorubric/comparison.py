@@ -229,7 +229,7 @@ def _ablate(
 
     for size in sorted({k for k in SIZES if k < len(path)} | {len(path)}):
         texts = [train.texts[k] for k in path[:size]]
-        weights = solve(train, "greedy+l1", limit=size, folds=folds, seed=seed).weights
+        weights = solve(train, "grouped l1", limit=size, folds=folds, seed=seed).weights
         used = np.flatnonzero(weights)
         weighted = [train.texts[k] for k in used]
         count = min(size, len(verified))

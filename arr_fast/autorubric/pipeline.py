@@ -17,13 +17,13 @@ from arr_fast.autorubric.call_log import CallLog
 from arr_fast.autorubric.cross_validation import CrossValidation, cross_validate
 from arr_fast.autorubric.generate import PairCriteria, generate
 from arr_fast.autorubric.labelled import LabelledPair, Reading, cluster_numbers
+from arr_fast.autorubric.redundancy import redundant_pairs
 from arr_fast.autorubric.refine import PairOutcome, outcomes_of, refine
 from arr_fast.autorubric.select import (
     PathStep,
     Weights,
     biased_criteria,
     greedy_report,
-    redundancy,
     solve,
 )
 from arr_fast.autorubric.settings import AutoRubricSettings
@@ -324,7 +324,10 @@ def selection_report(selection: Selection) -> dict[str, Any]:
         "criteria": list(selection.rubric.ids),
         "cross_validation": selection.cross_validation.to_json(),
         "path": [step.to_json() for step in selection.path],
-        "redundant": [list(each) for each in redundancy(selection.matrix)],
+        "redundant": [
+            list(each)
+            for each in redundant_pairs(selection.matrix.texts, selection.matrix.preference)
+        ],
         "position_biased": [
             {"text": text, "bias_over_preference": ratio, "orders_agree": agree}
             for text, ratio, agree in biased_criteria(selection.matrix)

@@ -12,16 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from arr_fast.autorubric.redundancy import groups_of, scaled
 from arr_fast.autorubric.verdict_log import ScoreMatrix
 from arr_fast.errors import MissingDependencyError
 from arr_fast.evals.calibration import assign_folds
 from arr_fast.evals.metrics import credit
 
-Method = Literal["greedy", "greedy+l1", "l1"]
-METHODS: tuple[Method, ...] = ("greedy", "greedy+l1", "l1")
+Method = Literal["greedy", "l1", "grouped l1"]
+METHODS: tuple[Method, ...] = ("greedy", "l1", "grouped l1")
 # Inverse strengths of the l1 penalty that cross-validation chooses from.
 STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
-REDUNDANT = 0.9
+# A criterion whose verdicts depend on position more than on the pictures is left out, if enough
+# others remain.
+MOST_BIAS, FEWEST = 1.0, 3
 _SCALES = np.exp(np.linspace(-3.0, 3.0, 61))
 
 
@@ -74,33 +77,37 @@ class PathStep:
 def solve(matrix: ScoreMatrix, method: Method, *, limit: int, folds: int, seed: int) -> Weights:
     """Fits one method to all pairs of a matrix; its own choices are made by cross-validation.
 
+    Criteria that carry position bias (see `biased_criteria`) are left out before.
+
     Args:
         matrix: N pairs x K criteria.
         method: "greedy": forward selection, equal weights, size by cross-validated accuracy.
             "l1": logistic weights without intercept, strength by cross-validated log-loss.
-            "greedy+l1": l1 weights on the greedy subset of largest size.
+            "grouped l1": the same, with one weight for criteria whose verdicts go together; few
+            pairs can tell qualities apart, but not paraphrases, whose mean is less noisy than each.
         limit: Most criteria.
         folds, seed: Of the inner cross-validation.
     """
-    values, scale = _scaled(matrix.preference)
+    usable = _usable(matrix)
+    values, scale = scaled(matrix.preference[:, usable])
     fold_of = assign_folds(matrix.clusters, folds, seed)
-    weights = np.zeros(values.shape[1])
+    found = np.zeros(len(usable))
     if method == "greedy":
-        path = forward_path(values, matrix.label, limit)
         size = _best_size(values, matrix.label, fold_of, limit)
-        chosen = path[:size]
-        weights[chosen] = _best_scale(values[:, chosen].mean(axis=1), matrix.label) / size
+        chosen = forward_path(values, matrix.label, size)
+        found[chosen] = _best_scale(values[:, chosen].mean(axis=1), matrix.label) / size
     elif method == "l1":
-        weights = _fit_l1(values, matrix.label, fold_of, limit)
+        found = _fit_l1(values, matrix.label, fold_of, limit)
     else:
-        chosen = forward_path(values, matrix.label, limit)
-        weights[chosen] = _fit_l1(values[:, chosen], matrix.label, fold_of, limit)
-    return Weights(method, weights / scale)
+        found = _fit_grouped(values, matrix.label, fold_of, limit)
+    weights = np.zeros(len(matrix.texts))
+    weights[usable] = found / scale
+    return Weights(method, weights)
 
 
 def greedy_report(matrix: ScoreMatrix, *, limit: int, folds: int, seed: int) -> list[PathStep]:
     """Accuracy along the selection path, on the choosing pairs and cross-validated."""
-    values, _ = _scaled(matrix.preference)
+    values, _ = scaled(matrix.preference)
     fold_of = assign_folds(matrix.clusters, folds, seed)
     path = forward_path(values, matrix.label, limit)
     honest = _path_accuracy(values, matrix.label, fold_of, limit)
@@ -142,19 +149,6 @@ def forward_path(values: np.ndarray, label: np.ndarray, limit: int) -> list[int]
     return chosen
 
 
-def redundancy(matrix: ScoreMatrix, threshold: float = REDUNDANT) -> list[tuple[str, str, float]]:
-    """Pairs of criteria whose preferences go together: (text, text, correlation about zero)."""
-    values, _ = _scaled(matrix.preference)
-    likeness = values.T @ values / len(values)
-    found = [
-        (matrix.texts[i], matrix.texts[j], float(likeness[i, j]))
-        for i in range(len(likeness))
-        for j in range(i + 1, len(likeness))
-        if abs(likeness[i, j]) >= threshold
-    ]
-    return sorted(found, key=lambda each: -abs(each[2]))
-
-
 def biased_criteria(matrix: ScoreMatrix) -> list[tuple[str, float, float]]:
     """Criteria whose verdict depends on position more than on the pictures.
 
@@ -162,15 +156,13 @@ def biased_criteria(matrix: ScoreMatrix) -> list[tuple[str, float, float]]:
         (text, mean |bias| / mean |preference|, share of pairs whose orders agree), for those with
         a ratio over 1, the worst first.
     """
-    size = np.abs(matrix.preference).mean(axis=0)
-    ratio = np.abs(matrix.bias).mean(axis=0) / np.maximum(size, 1e-12)
+    ratio = _bias_ratio(matrix)
     agree = (matrix.ab * matrix.ba < 0.0).mean(axis=0)
-    found = [
+    return [
         (matrix.texts[k], float(ratio[k]), float(agree[k]))
         for k in np.argsort(-ratio, kind="stable")
-        if ratio[k] > 1.0
+        if ratio[k] > MOST_BIAS
     ]
-    return found
 
 
 def log_loss(score: np.ndarray, label: np.ndarray) -> float:
@@ -178,11 +170,15 @@ def log_loss(score: np.ndarray, label: np.ndarray) -> float:
     return float(np.logaddexp(0.0, -score * label).mean())
 
 
-def _scaled(preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Preferences in units of their root mean square about zero, and the units [K]."""
-    scale = np.sqrt((preference**2).mean(axis=0))
-    scale = np.where(scale > 0.0, scale, 1.0)
-    return preference / scale, scale
+def _bias_ratio(matrix: ScoreMatrix) -> np.ndarray:
+    size = np.abs(matrix.preference).mean(axis=0)
+    return np.asarray(np.abs(matrix.bias).mean(axis=0) / np.maximum(size, 1e-12))
+
+
+def _usable(matrix: ScoreMatrix) -> np.ndarray:
+    """Places of the criteria that selection looks at."""
+    usable = np.flatnonzero(_bias_ratio(matrix) <= MOST_BIAS)
+    return usable if len(usable) >= FEWEST else np.arange(len(matrix.texts))
 
 
 def _path_accuracy(
@@ -230,6 +226,35 @@ def _fit_l1(values: np.ndarray, label: np.ndarray, fold_of: np.ndarray, limit: i
     if not weights.any():
         weights = _l1_weights(values, label, STRENGTHS[-1], limit)
     return weights
+
+
+def _fit_grouped(
+    values: np.ndarray, label: np.ndarray, fold_of: np.ndarray, limit: int
+) -> np.ndarray:
+    """l1 weights of group means, shared out among at most `limit` members."""
+    groups = groups_of(values)
+    means, scale = scaled(np.stack([values[:, group].mean(axis=1) for group in groups], axis=1))
+    shares = _fit_l1(means, label, fold_of, limit) / scale
+    kept = _seats(shares, groups, limit)
+    weights = np.zeros(values.shape[1])
+    for share, group, count in zip(shares, groups, kept, strict=True):
+        if count:
+            weights[group[:count]] = share / count
+    return weights
+
+
+def _seats(shares: np.ndarray, groups: Sequence[np.ndarray], limit: int) -> list[int]:
+    """Members that each group keeps: one each by weight, then a second, until all are seated."""
+    kept = [0] * len(groups)
+    order = [int(g) for g in np.argsort(-shares, kind="stable") if shares[g] > 0.0]
+    while sum(kept) < limit:
+        before = sum(kept)
+        for g in order:
+            if kept[g] < len(groups[g]) and sum(kept) < limit:
+                kept[g] += 1
+        if sum(kept) == before:
+            break
+    return kept
 
 
 def _l1_weights(values: np.ndarray, label: np.ndarray, strength: float, limit: int) -> np.ndarray:

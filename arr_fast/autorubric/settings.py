@@ -35,7 +35,7 @@ class AutoRubricSettings(BaseModel):
     max_tokens: int = Field(default=1024, ge=16)
     require_consistent: bool = False
     structured: int = Field(default=40, ge=1)
-    selected: int = Field(default=10, ge=1)
+    selected: int = Field(default=20, ge=1)
     folds: int = Field(default=5, ge=2)
     seed: int = Field(default=0, ge=0)
 

@@ -95,7 +95,7 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
         ] = False,
         criteria: Annotated[int, typer.Option("--criteria", "-k", help="Per pair.")] = 5,
         refinements: Annotated[int, typer.Option(help="Most rewrites per pair.")] = 5,
-        selected: Annotated[int, typer.Option(help="Most criteria of the rubric.")] = 10,
+        selected: Annotated[int, typer.Option(help="Most criteria of the rubric.")] = 20,
         folds: Annotated[int, typer.Option(help="Of cross-validation.")] = 5,
         temperature: Annotated[float, typer.Option(help="Of first answers; 0 is greedy.")] = 0.0,
         refine_temperature: Annotated[float, typer.Option(help="Of rewrites.")] = 0.7,

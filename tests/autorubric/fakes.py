@@ -18,9 +18,9 @@ from arr_fast.autorubric.text_backend import (
 )
 from arr_fast.images import to_image
 from arr_fast.provenance import Provenance
+from arr_fast.shapes.claims import Claim
 from arr_fast.shapes.criterion_parser import parse_criterion
 from arr_fast.shapes.grammar import wording
-from arr_fast.shapes.claims import Claim
 from arr_fast.shapes.hidden_preference import QUALITIES, HiddenPair
 from arr_fast.shapes.render import render
 from arr_fast.verdicts import pair_verdicts
@@ -80,9 +80,7 @@ class OracleJudge:
         self.world, self.noise, self.bias = world, noise, bias
         self.kill_after = kill_after
         self.calls: list[list[tuple[str, tuple[str, ...]]]] = []
-        loaded = SimpleNamespace(
-            name="oracle", revision="r1", dtype="float64", quantization=None
-        )
+        loaded = SimpleNamespace(name="oracle", revision="r1", dtype="float64", quantization=None)
         self.engine = SimpleNamespace(loaded=loaded, epoch=0, impl="none")
 
     def compare(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from arr_fast.autorubric.cross_validation import cross_validate
+from arr_fast.autorubric.redundancy import groups_of, redundant_pairs
 from arr_fast.autorubric.select import (
     METHODS,
     biased_criteria,
     forward_path,
     greedy_report,
-    redundancy,
     solve,
 )
 from arr_fast.autorubric.verdict_log import ScoreMatrix
@@ -141,7 +141,30 @@ def test_redundancy_and_position_bias_are_reported() -> None:
     base = rng.standard_normal((200, 1))
     values = np.concatenate([base, 2 * base, rng.standard_normal((200, 1))], axis=1)
     found = matrix(values, np.sign(base[:, 0]).astype(int), bias=np.array([0.0, 0.0, 5.0]))
-    ((first, second, likeness),) = redundancy(found)
+    ((first, second, likeness),) = redundant_pairs(found.texts, found.preference)
     assert (first, second) == found.texts[:2] and likeness == pytest.approx(1.0)
     ((text, ratio, agree),) = biased_criteria(found)
     assert text == found.texts[2] and ratio > 5 and agree < 0.05
+
+
+def test_a_biased_criterion_is_not_selected() -> None:
+    one = planted()
+    bias = np.where(np.arange(5) == 0, 9.0, 0.0)
+    biased = ScoreMatrix(one.texts, one.ab + bias, one.ba + bias, one.label, one.clusters)
+    for method in METHODS:
+        assert solve(one, method, limit=5, folds=5, seed=0).weights[0] > 0.0
+        assert solve(biased, method, limit=5, folds=5, seed=0).weights[0] == 0.0
+
+
+def test_paraphrases_share_a_weight_and_seats_are_limited() -> None:
+    rng = np.random.default_rng(4)
+    truth = rng.choice([-1.0, 1.0], (300, 2))
+    label = np.where(rng.random(300) < 1 / (1 + np.exp(-truth @ [2.0, 0.7])), 1, -1)
+    values = 3 * np.repeat(truth, [4, 2], axis=1) + rng.standard_normal((300, 6))
+    assert sorted(sorted(g.tolist()) for g in groups_of(values)) == [[0, 1, 2, 3], [4, 5]]
+    full = solve(matrix(values, label), "grouped l1", limit=6, folds=5, seed=0).weights
+    scale = np.sqrt((values**2).mean(axis=0))
+    assert np.ptp((full * scale)[:4]) < 1e-9 and np.ptp((full * scale)[4:]) < 1e-9
+    few = solve(matrix(values, label), "grouped l1", limit=3, folds=5, seed=0).weights
+    assert (few[:4] > 0).sum() == 2 and (few[4:] > 0).sum() == 1
+    assert (few * scale)[:4].sum() == pytest.approx((full * scale)[:4].sum())

@@ -1,4 +1,4 @@
-"""Templates: the bundled judge's are its trained prompts, values cannot forge images, users' win."""
+"""Templates: the shapes set is the trained prompts, values forge no images, users' files win."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ CAPTION = "a {{ red }} circle <b> {% if %}\n<|im_end|>\n"
 
 
 def pair(edit: bool = False, caption: str = CAPTION, preferred=2) -> LabelledPair:
-    return LabelledPair("n", caption, (IMAGES[0], IMAGES[1]), preferred, IMAGES[2] if edit else None)
+    return LabelledPair(
+        "n", caption, (IMAGES[0], IMAGES[1]), preferred, IMAGES[2] if edit else None
+    )
 
 
 def joined(parts) -> list:
