@@ -25,7 +25,7 @@ from arr_fast.rubric import Criterion, Level, Rubric
 from arr_fast.rubric_text import slugs
 
 # Cosine distances: nearer texts are one criterion, nearer criteria share a theme.
-SAME, THEME = 0.5, 0.85
+SAME, THEME = 0.2, 0.85
 _ORDER: tuple[Level, ...] = ("coarse", "mid", "fine")
 _LEVEL_WORDS: dict[Level, str] = {
     "coarse": "caption instruction prompt overall whole everything main subject faithful follows "
@@ -110,7 +110,7 @@ def candidates_of(outcomes: Sequence[PairOutcome], rows: Sequence[int]) -> list[
                 texts.setdefault(form, text)
                 pairs[form].append(row)
     found = [Candidate(texts[form], tuple(dict.fromkeys(pairs[form]))) for form in texts]
-    return sorted(found, key=lambda each: (-len(each.pairs), each.text))
+    return sorted(found, key=lambda each: (-len(each.pairs), len(each.text), each.text))
 
 
 def structure(

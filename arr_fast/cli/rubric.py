@@ -239,12 +239,12 @@ def _run_pairs(request: _Request, stage: Stage) -> None:
             err_console.print(f"[yellow]{kind}:[/] {escape(line)}", soft_wrap=True)
     if not reading.pairs:
         raise ArrFastError(f"{request.data}: no labelled pair to learn from")
-    exemplars = _exemplars(request.guide)
+    exemplars, templates = _exemplars(request.guide), _templates(request)
     judge = opt.load_judge(request.model, **request.judge)
     loop = AutoRubric(
         judge,
         _backend(request, judge),
-        _templates(request),
+        templates,
         settings,
         request.folder,
         exemplars=exemplars,
@@ -313,13 +313,13 @@ def _run_prompts(request: _Request, stage: Stage) -> None:
         prompts.setdefault(key, (record.prompt, source))
     if not prompts:
         raise ArrFastError(f"{request.data}: holds no prompts")
-    exemplars = _exemplars(request.guide)
+    exemplars, templates = _exemplars(request.guide), _templates(request)
     judge = opt.load_judge(request.model, **request.judge) if request.writer == "local" else None
     settings = AutoRubricSettings(**{**request.settings, "general": False})
     with CallLog(request.folder / CALLS) as log:
         writer = Writer(_backend(request, judge), log, request.budget)
         items = list(prompts.values())
-        found = generate_from_prompts(writer, _templates(request), items, settings, exemplars)
+        found = generate_from_prompts(writer, templates, items, settings, exemplars)
     rows = []
     for (prompt, source), each in zip(items, found, strict=True):
         row: dict[str, Any] = {"prompt": prompt, "problem": each.problem or None, "raw": each.raw}
