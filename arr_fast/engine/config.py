@@ -23,7 +23,7 @@ class EngineConfig:
         impl: "auto", "torch", "triton", "flash", "xformers" or "reference".
         compile: True compiles every decoder layer, "auto" does so where a compiler is found.
         prepack: True packs linear weights for oneDNN, "auto" does so for float32 decoders of up to
-            2 GiB on a CPU (the packed copy doubles their memory) that are not compiled.
+            2 GiB on a CPU (the packed copy doubles their memory).
         feature_cache_bytes: Budget of the image-feature cache.
         prefix_cache_bytes: Budget of the prefix-KV pool.
         prefix_cache: What the pool keeps: "off", "text" before the first image, or "images".
@@ -66,15 +66,14 @@ def resolve_compile(choice: bool | str, device: torch.device) -> bool:
     return True
 
 
-def resolve_prepack(choice: bool | str, loaded: LoadedModel, compiled: bool) -> bool:
-    """Whether to pack linear weights; inductor lowers packed weights only where it froze them."""
+def resolve_prepack(choice: bool | str, loaded: LoadedModel) -> bool:
+    """Whether to pack linear weights."""
     possible = can_pack(loaded.device, loaded.dtype) and loaded.quantization is None
-    possible = possible and not compiled
     if choice == "auto":
         return possible and linear_bytes(loaded.adapter.layers) <= AUTO_LIMIT
     if choice and not possible:
         raise ValueError(
-            "prepack=True needs float32 on a CPU without quantization or compilation, got "
+            "prepack=True needs float32 on a CPU without quantization, got "
             f"{loaded.dtype} on {loaded.device}"
         )
     return bool(choice)

@@ -101,7 +101,7 @@ class Engine:
         self.pool = self._make_pool()
         self._heads: dict[tuple[LabelIds, bool], LabelHead] = {}
         self.lock = threading.RLock()
-        if resolve_prepack(self.config.prepack, loaded, self.compiled):
+        if resolve_prepack(self.config.prepack, loaded):
             pack_linears(self.adapter.layers)
         self.runner = self._make_runner()
 

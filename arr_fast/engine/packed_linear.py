@@ -3,9 +3,14 @@
 Packing reorders a weight once into the blocked layout that oneDNN's kernels read, in place of a
 reorder (or a slower plain-layout kernel) in every call. The layer's own weight stays where it is,
 so state dicts and weight updates work; the packed copy costs the same memory again.
+
+Inductor would need the packed weight as a frozen constant, so compiled layers reach it through an
+opaque op that finds the packed copy by the weight's address; everything around the GEMM is fused.
 """
 
 from __future__ import annotations
+
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,7 @@ from torch import Tensor, nn
 # Largest decoder, in bytes of linear weights, that "auto" packs: the copy doubles them.
 AUTO_LIMIT = 2 << 30
 _TYPICAL_ROWS = 1024
+_BY_ADDRESS: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
 
 
 class PackedLinear(nn.Linear):
@@ -33,11 +39,29 @@ class PackedLinear(nn.Linear):
         """Reads the weight again, after it changed."""
         weight = self.weight.detach()
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+        _BY_ADDRESS[weight.data_ptr()] = self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        if torch.compiler.is_compiling():
+            return packed_linear(x, self.weight, self.bias)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], outside of any compiled graph."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
+
+
+@torch.library.custom_op("arr_fast::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] times a weight [out, in] that a live `PackedLinear` has packed."""
+    return _BY_ADDRESS[weight.data_ptr()].multiply(x)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

@@ -31,8 +31,8 @@ Form = Literal["direct", "holistic", "criteria"]
 FORMS: tuple[Form, ...] = ("direct", "holistic", "criteria")
 
 DIRECT: dict[Literal["t2i", "edit"], str] = {
-    "t2i": "Overall, the image is the better one for the caption.",
-    "edit": "Overall, the image is the better edit for the instruction.",
+    "t2i": "The image is overall the better one for the caption.",
+    "edit": "The image is overall the better edit for the instruction.",
 }
 
 

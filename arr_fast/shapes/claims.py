@@ -34,8 +34,12 @@ T2I_KINDS = (
     "caption_background",
     "caption_extra",
     "faithful",
+    "overall",
 )
-EDIT_KINDS = ("edit_done", "edit_kept")
+EDIT_KINDS = ("edit_done", "edit_kept", "edit_overall")
+FALSE_ON_STATIC = frozenset(
+    {"presence", "noise", "caption_objects", "faithful", "overall", *EDIT_KINDS}
+)
 GLOBAL_KINDS = frozenset({"background", "sharpness", "noise", "occlusion", "cut_off"})
 
 
@@ -77,9 +81,7 @@ class Claim:
 
 def _on_static(kind: str) -> bool | None:
     """Pure noise shows nothing that a caption asks for."""
-    if kind in ("presence", "noise", "caption_objects", "faithful", "edit_done", "edit_kept"):
-        return False
-    return None
+    return False if kind in FALSE_ON_STATIC else None
 
 
 def _matching(scene: Scene, kind: tuple[str, str]) -> list[SceneObject]:
@@ -253,6 +255,13 @@ def _edit_kept(_claim: Claim, scene: Scene, context: Context) -> bool | None:
     return all(any(_near(scene, p) is o for p in places) for o in scene.objects)
 
 
+def _edit_overall(claim: Claim, scene: Scene, context: Context) -> bool | None:
+    done, kept = _edit_done(claim, scene, context), _edit_kept(claim, scene, context)
+    if done is False or kept is False:
+        return False
+    return None if done is None else True
+
+
 def _edit(context: Context) -> tuple[Scene, Edit]:
     assert context.source is not None and context.edit is not None, "this claim needs an edit"
     return context.source, context.edit
@@ -278,6 +287,8 @@ _TRUTHS: dict[str, Callable[[Claim, Scene, Context], bool | None]] = {
     "caption_background": _caption_background,
     "caption_extra": _caption_extra,
     "faithful": _faithful,
+    "overall": _faithful,
     "edit_done": _edit_done,
     "edit_kept": _edit_kept,
+    "edit_overall": _edit_overall,
 }

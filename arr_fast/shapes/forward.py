@@ -112,10 +112,12 @@ class DecoderStates:
     """Hidden states of packed rows.
 
     Attributes:
+        early: [B, T, hidden] after layer `early_layer`, before any norm.
         probe: [B, T, hidden] after layer `probe_layer`, before any norm.
         final: [B, T, hidden] after the final norm.
     """
 
+    early: Tensor
     probe: Tensor
     final: Tensor
 
@@ -127,6 +129,7 @@ def decode(
     groups: Sequence[Group],
     feature_BT: Tensor,
     features: VisionFeatures,
+    early_layer: int,
     probe_layer: int,
 ) -> DecoderStates:
     """Transformers' decoder layers over packed branches.
@@ -138,6 +141,7 @@ def decode(
         groups: Who attends to whom.
         feature_BT: Row of the flat image features for image tokens, -1 for text.
         features: What the vision tower gave.
+        early_layer: After how many layers `DecoderStates.early` is taken.
         probe_layer: After how many layers `DecoderStates.probe` is taken.
     """
     text = model.model.language_model
@@ -146,11 +150,13 @@ def decode(
     rows = feature_BT.clamp(min=0)
     hidden = torch.where(is_image, features.merged.flatten(0, 1)[rows], text.embed_tokens(ids_BT))
     positions = text.rotary_emb(hidden, positions_3BT)
-    probe = hidden
+    early = probe = hidden
     for number, layer in enumerate(text.layers):
         hidden = layer(hidden, position_embeddings=positions, groups=groups)
         if number < len(features.deepstack):
             hidden = hidden + features.deepstack[number].flatten(0, 1)[rows] * is_image
+        if number + 1 == early_layer:
+            early = hidden
         if number + 1 == probe_layer:
             probe = hidden
-    return DecoderStates(probe, text.norm(hidden))
+    return DecoderStates(early, probe, text.norm(hidden))

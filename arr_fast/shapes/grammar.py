@@ -224,6 +224,15 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Everything in the {i} matches the caption.",
         "The {i} follows what the caption says.",
     ),
+    "overall": (
+        "The image is overall the better one for the caption.",
+        "The {i} is overall the better one for the caption.",
+        "The {i} is the better one for the caption.",
+        "The {i} is overall better for the caption.",
+        "The {i} is better for the caption.",
+        "The {i} is the better {i} for the caption.",
+        "The {i} is better overall for the caption.",
+    ),
     "edit_done": (
         "The instruction was carried out.",
         "The edit was made as asked.",
@@ -245,6 +254,15 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "The other objects and the background are kept.",
         "The rest of the {i} is kept.",
         "Everything else stays as it was.",
+    ),
+    "edit_overall": (
+        "The image is overall the better edit for the instruction.",
+        "The {i} is overall the better edit for the instruction.",
+        "The {i} is the better edit for the instruction.",
+        "The {i} is overall better for the instruction.",
+        "The {i} is the better edit.",
+        "The {i} is overall the better edit.",
+        "The {i} is the better one for the instruction.",
     ),
 }
 HELD_OUT_PHRASINGS = 2

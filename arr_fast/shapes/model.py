@@ -32,7 +32,7 @@ def build_config(tokenizer: Any) -> Qwen3VLConfig:
             "vocab_size": VOCABULARY_ROWS,
             "hidden_size": 192,
             "intermediate_size": 384,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 64,
@@ -49,16 +49,16 @@ def build_config(tokenizer: Any) -> Qwen3VLConfig:
             "tie_word_embeddings": True,
         },
         vision_config={
-            "depth": 3,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
+            "depth": 4,
+            "hidden_size": 192,
+            "intermediate_size": 384,
+            "num_heads": 3,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
             "out_hidden_size": 192,
             "num_position_embeddings": (SIDE // PATCH) ** 2,
-            "deepstack_visual_indexes": [0, 1],
+            "deepstack_visual_indexes": [1, 2],
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -81,10 +81,25 @@ def build_model(tokenizer: Any, seed: int) -> Qwen3VLForConditionalGeneration:
     with torch.no_grad():
         table: Any = model.get_input_embeddings().weight
         table.copy_(torch.nn.functional.normalize(torch.randn_like(table), dim=-1))
+        model.model.visual.pos_embed.weight.copy_(grid_waves(SIDE // PATCH, 192))
         for merger in model.model.visual.deepstack_merger_list:
             merger.linear_fc2.weight.zero_()
             merger.linear_fc2.bias.zero_()
     return model
+
+
+def grid_waves(side: int, width: int) -> torch.Tensor:
+    """Sines and cosines of row and column, [side * side, width]: a patch knows its place at once.
+
+    Args:
+        side: Patches per side.
+        width: Hidden size, a multiple of 4.
+    """
+    periods = 2 * side * 0.9 ** torch.arange(width // 4)
+    angles = 2 * torch.pi * torch.arange(side)[:, None] / periods
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = waves.repeat_interleave(side, 0), waves.repeat(side, 1)
+    return torch.cat([rows, columns], dim=1)
 
 
 def _start_by_matching(model: Qwen3VLForConditionalGeneration, seed: int) -> None:

@@ -122,6 +122,8 @@ class PackedBatch:
         positions: int64 [3, B, T].
         groups: Who attends to whom: prefixes, verdict branches, caption branches.
         feature: int64 [B, T]; row of the batch's flat image features, -1 for text.
+        owner: int64 [B, T]; 0 on the source picture of a pair, 1 and 2 on Image 1 and Image 2, -1
+            elsewhere.
         verdict_at: int64 [V, 2] (row, token) where a label is read.
         verdicts: The V verdicts.
         pairwise: bool [V].
@@ -133,6 +135,7 @@ class PackedBatch:
     positions: Tensor
     groups: tuple[Group, ...]
     feature: Tensor
+    owner: Tensor
     verdict_at: Tensor
     verdicts: tuple[Verdict, ...]
     pairwise: Tensor
@@ -159,6 +162,7 @@ class RowPacker:
         t = self.length
         row = {k: np.zeros(t, np.int64) for k in ("ids",)}
         row["feature"] = np.full(t, -1, np.int64)
+        row["owner"] = np.full(t, -1, np.int64)
         row["positions"] = np.zeros((3, t), np.int64)
         self.rows.append(row)
         self._used = 0
@@ -201,6 +205,8 @@ class RowPacker:
         for place, number in enumerate(tree.pictures):
             here = np.flatnonzero(local == place)
             row["feature"][self._used + here] = number * IMAGE_TOKENS + np.arange(len(here))
+            if tree.pairwise:
+                row["owner"][self._used + here] = place + 3 - len(tree.pictures)
         self._used += end - begin
         return Span((len(self.rows) - 1) * self.length + at.start, end - begin)
 
@@ -215,6 +221,7 @@ class RowPacker:
             positions=stack["positions"].transpose(0, 1).contiguous(),
             groups=tuple(make_group(spans, dummy) for spans in sorted_spans),
             feature=stack["feature"],
+            owner=stack["owner"],
             verdict_at=torch.tensor(self._verdict_at, dtype=torch.int64).view(-1, 2),
             verdicts=tuple(self._verdicts),
             pairwise=torch.tensor(self._pairwise, dtype=torch.bool),

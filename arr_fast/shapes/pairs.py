@@ -45,6 +45,7 @@ KIND_WEIGHTS = {
     "caption_objects": 2.0,
     "caption_count": 1.5,
     "faithful": 2.5,
+    "overall": 2.5,
 }
 
 
@@ -256,9 +257,9 @@ def candidate_claims(
     if context.caption is not None:
         claims += [Claim(k) for k in ("caption_objects", "caption_colours", "caption_count")]
         claims += [Claim(k) for k in ("caption_relation", "caption_background", "caption_extra")]
-        claims += [Claim("faithful")]
+        claims += [Claim("faithful"), Claim("overall")]
     if context.edit is not None:
-        claims += [Claim("edit_done"), Claim("edit_kept")]
+        claims += [Claim("edit_done"), Claim("edit_kept"), Claim("edit_overall")]
     named = [*kinds, sample_kind(rng, split)]
     for kind in named:
         subject = [kind, kind, ("", kind[1]), (kind[0], "")][int(rng.integers(4))]
@@ -369,7 +370,7 @@ def sample_edit_pair(
         edit = sample_edit(rng, source, split)
     scenes = (_attempt(rng, source, edit, split), _attempt(rng, source, edit, split))
     context = Context(source=source, edit=edit)
-    boost = {"edit_done": 50.0, "edit_kept": 50.0}
+    boost = {"edit_done": 50.0, "edit_kept": 50.0, "edit_overall": 3.0}
     criteria = choose_criteria(rng, scenes, context, split, limit, {**(weights or {}), **boost})
     return Example(edit.text(rng, source), context, scenes, criteria)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arr_fast import prompts
 from arr_fast.prompts import PromptEncoder
-from arr_fast.shapes import easy_vqa
+from arr_fast.shapes import easy_vqa, writing
 from arr_fast.shapes.captions import NUMBERS
 from arr_fast.shapes.claims import Context
 from arr_fast.shapes.forward import patchify
@@ -38,9 +38,12 @@ from arr_fast.shapes.pairs import (
 from arr_fast.shapes.render import render
 from arr_fast.shapes.scene import Scene, Split
 
+HOLISTIC_SHARE = 0.4
+REJECTED_SHARE = 0.3
 THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
 ROW_TOKENS = 352
 READING_TOKENS = 90
+CAPTION_TOKENS = 130
 READING_CRITERIA = 3
 LARGE_SIDES = (96, 128, 256)
 
@@ -93,8 +96,14 @@ class BatchMaker:
             lambda text: plain.encode(text, add_special_tokens=False).ids + end
         )
 
-    def pair_tree(self, example: Example, first_picture: int) -> Tree:
-        """A pair with its criteria and, before them, two caption branches."""
+    def pair_tree(self, example: Example, first_picture: int, together: Sequence[int] = ()) -> Tree:
+        """A pair with its criteria and, before them, two caption branches.
+
+        Args:
+            example: The pair.
+            first_picture: Index of its first picture within the batch.
+            together: Indices of criteria that are also asked as one rubric; who meets more wins.
+        """
         task: prompts.Task = "t2i" if example.source is None else "edit"
         parts = prompts.pair_parts(task, example.caption)
         count = 2 if task == "t2i" else 3
@@ -114,9 +123,50 @@ class BatchMaker:
             a, b = (float(t) for t in criterion.truths)
             verdicts.append(Verdict(criterion.kind, 0.5 + 0.5 * (a - b), (a, b)))
             answers.append(0)
+        if together:
+            asked = [*parts, prompts.holistic_leaf([example.criteria[i].text for i in together])]
+            met = np.array([example.criteria[i].truths for i in together]).sum(0)
+            paths.insert(2, encode_path(self.encoder, asked, count))
+            verdicts.insert(2, Verdict("holistic", 0.5 + 0.5 * float(np.sign(met[0] - met[1]))))
+            answers.insert(2, 0)
         pictures = tuple(range(first_picture, first_picture + count))
         prefix = shared_prefix(paths)
         return Tree(tuple(paths), prefix, tuple(verdicts), tuple(answers), pictures, True)
+
+    def writing_tree(
+        self, rng: np.random.Generator, example: Example, first_picture: int, split: Split
+    ) -> Tree:
+        """A pair under which general and specific criteria are written for either preference."""
+        task: prompts.Task = "t2i" if example.source is None else "edit"
+        count = 2 if task == "t2i" else 3
+        paths: list[Path] = []
+        answers: list[int] = []
+        for general in (True, False):
+            for preferred in rng.permutation(2).tolist():
+                written, failing = writing.pair_criteria(rng, example, preferred, general, split)
+                if not written:
+                    continue
+                rejected = failing if rng.random() < REJECTED_SHARE else ()
+                asked = writing.pair_prompt(
+                    task, example.caption, preferred + 1, general=general, rejected=rejected
+                )
+                ids = self._encode(writing.answer(written))
+                paths.append(encode_path(self.encoder, asked, count, ids))
+                answers.append(len(ids))
+        order = rng.permutation(len(paths)).tolist()
+        paths, answers = [paths[i] for i in order], [answers[i] for i in order]
+        pictures = tuple(range(first_picture, first_picture + count))
+        prefix = shared_prefix(paths) if len(paths) > 1 else len(paths[0].ids) - answers[0] - 1
+        return Tree(tuple(paths), prefix, (None,) * len(paths), tuple(answers), pictures, True)
+
+    def caption_tree(self, rng: np.random.Generator, example: Example, split: Split) -> Tree:
+        """A caption alone, and the criteria that follow from it."""
+        assert example.context.caption is not None, "criteria are written for captions"
+        ids = self._encode(
+            writing.answer(writing.caption_criteria(rng, example.context.caption, split))
+        )
+        path = encode_path(self.encoder, writing.caption_prompt(example.caption), 0, ids)
+        return Tree((path,), len(path.ids) - len(ids) - 1, (None,), (len(ids),), (), True)
 
     def point_tree(
         self,
@@ -145,7 +195,8 @@ class BatchMaker:
             rng: Source of chance.
             rows: How many rows.
             split: Of scenes and phrasings.
-            mix: Relative frequency of "pair", "edit", "point", "point_edit" and "vqa" rows.
+            mix: Relative frequency of "pair", "edit", "point", "point_edit", "vqa" and "write"
+                rows.
         """
         packer = RowPacker(self.length)
         images: list[Image.Image] = []
@@ -206,6 +257,9 @@ class BatchMaker:
                 packer.add(self.point_tree("t2i", caption, asked, len(images)))
                 images.append(picture.load("train"))
             return
+        if kind == "write":
+            self._fill_writing(rng, packer, images, split)
+            return
         sampler = sample_edit_pair if kind in ("edit", "point_edit") else sample_pair
         while True:
             example = sampler(rng, split, 16, KIND_WEIGHTS)
@@ -214,7 +268,11 @@ class BatchMaker:
         side = 64 if rng.random() < 0.85 else int(rng.choice(LARGE_SIDES))
         source = [] if example.source is None else [render(example.source, side)]
         if kind in ("pair", "edit"):
-            packer.add(self.pair_tree(example, len(images)))
+            together: list[int] = []
+            if self.answers and rng.random() < HOLISTIC_SHARE:
+                size = int(rng.integers(2, 5))
+                together = rng.permutation(len(example.criteria))[:size].tolist()
+            packer.add(self.pair_tree(example, len(images), together))
             images += [*source, *(render(s, side) for s in example.scenes)]
             return
         task: prompts.Task = "edit" if source else "t2i"
@@ -223,3 +281,18 @@ class BatchMaker:
             half = [(c.kind, c.text, c.truths[0]) for c in single.criteria[which::2]]
             packer.add(self.point_tree(task, single.caption, half, len(images)))
             images += [*source, render(single.scenes[0], side)]
+
+    def _fill_writing(
+        self, rng: np.random.Generator, packer: RowPacker, images: list[Image.Image], split: Split
+    ) -> None:
+        sampler = sample_edit_pair if rng.random() < 0.3 else sample_pair
+        while True:
+            example = sampler(rng, split, 4, KIND_WEIGHTS)
+            if example.criteria:
+                break
+        tree = self.writing_tree(rng, example, len(images), split)
+        packer.add(tree)
+        source = [] if example.source is None else [render(example.source)]
+        images += [*source, *(render(s) for s in example.scenes)]
+        while packer.free > CAPTION_TOKENS:
+            packer.add(self.caption_tree(rng, sample_pair(rng, split, 4), split))

@@ -51,14 +51,14 @@ class Plan:
     """
 
     seed: int = 0
-    vision_steps: int = 700
+    vision_steps: int = 2200
     vision_batch: int = 24
     reading_steps: int = 600
     reading_rows: int = 3
-    judge_steps: int = 2000
+    judge_steps: int = 3200
     judge_rows: int = 5
     workers: int = 2
-    every: int = 50
+    every: int = 100
     vision_check: int = 128
     judge_check: int = 48
 
@@ -70,6 +70,9 @@ def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> fl
 
 
 STAGES = ("vision", "reading", "judge")
+
+# Verdicts are few per step and noisy, so their stage takes smaller steps.
+PEAKS = {"vision": 1.0, "reading": 1.0, "judge": 0.6}
 
 # In stage 2 what stage 1 taught must last: words and the tower move slowly, deepstack is new.
 SLOWER = (("deepstack", 1.0), ("visual", 0.5), ("embed_tokens", 0.25))
@@ -148,7 +151,8 @@ class Run:
             values = [float(v.detach()) for v in losses.values()]
             *means, stop = average_gradients(optimiser.parameters, [*values, float(self._stop)])
             floor = 1.0 if stage == "reading" else 0.05
-            means.append(optimiser.step(schedule(step, steps, floor=floor)))
+            scale = PEAKS[stage] * schedule(step, steps, floor=floor)
+            means.append(optimiser.step(scale))
             for name, value in zip([*losses, "grad_norm"], means, strict=True):
                 sums.setdefault(name, []).append(value)
             done = step + 1
@@ -217,7 +221,7 @@ def train_decoder(run: Run, stage: str) -> None:
             batch, patches = maker.reading_batch(rng, plan.reading_rows)
         else:
             batch, patches = maker.batch(rng, plan.judge_rows, "train", judge_training.MIX)
-        return losses.losses(batch, patches, caption_weight=1.0, probe_weight=0.5)
+        return losses.losses(batch, patches, caption_weight=1.0, probe_weight=0.5, owner_weight=0.3)
 
     def extra() -> dict[str, object]:
         return {"probes": probes.state_dict(), "optimiser": optimiser.state()}

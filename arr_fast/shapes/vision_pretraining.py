@@ -48,7 +48,7 @@ WORD_HEADS: dict[str, tuple[str, ...]] = {
     "column": COLUMNS,
 }
 
-HEAD_WEIGHTS = {"count": 0.5, "blur": 1.0, "noise": 1.0, "cut": 0.5, "row": 0.2, "column": 0.2}
+HEAD_WEIGHTS = {"count": 0.5, "blur": 1.0, "noise": 1.0, "cut": 1.0, "row": 0.4, "column": 0.4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ class CellHeads(nn.Module):
         anchors = F.binary_cross_entropy_with_logits(
             self.anchor(merged)[..., 0], targets.anchors, pos_weight=torch.tensor(4.0)
         )
-        result: Tensor = total + error + 0.3 * anchors
+        result: Tensor = total + 3 * error + 0.3 * anchors
         return result
 
     @torch.no_grad()

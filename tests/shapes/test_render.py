@@ -40,7 +40,7 @@ def test_every_object_shows_its_colour_where_it_stands(side: int):
         for number, obj in enumerate(scene.objects):
             inner = shown == number
             share = near(pixels[inner], COLOURS[obj.colour]).mean()
-            assert share > 0.4, (obj, share)
+            assert share > 0.5, (obj, share)  # the rest are anti-aliased edges
 
 
 def test_pixels_count_the_colours_of_a_scene():
