@@ -181,10 +181,12 @@ class AutoRubric:
         """Chooses and weighs criteria (eq. 5) on the matrix of all pairs; see `select`.
 
         Args:
-            outcomes: Of all pairs; also of discarded ones, whose labels count in selection.
+            outcomes: Of all pairs; also of discarded ones, whose labels count in selection. Pairs
+                that the judge cannot judge are left out; the report names them.
             structured: The structured criteria.
         """
         settings = self.settings
+        outcomes = self._judgeable(outcomes, structured.texts)
         pairs = [outcome.criteria.pair for outcome in outcomes]
         with _Timed(self, f"select: {len(pairs)} pairs x {len(structured.criteria)} criteria"):
             options = {"limit": settings.selected, "folds": settings.folds, "seed": settings.seed}
@@ -254,6 +256,14 @@ class AutoRubric:
                 json.dump(document, handle, indent=1, ensure_ascii=False, allow_nan=False)
                 handle.write("\n")
         return document
+
+    def _judgeable(
+        self, outcomes: Sequence[PairOutcome], texts: Sequence[str]
+    ) -> list[PairOutcome]:
+        odds = self.verdicts.log_odds(
+            [outcome.criteria.pair for outcome in outcomes], [texts] * len(outcomes)
+        )
+        return [o for o, row in zip(outcomes, odds, strict=True) if np.isfinite(row).all()]
 
     def _final_rubric(
         self, structured: Structured, matrix: ScoreMatrix, weights: Weights, task: Task

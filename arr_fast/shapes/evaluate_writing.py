@@ -21,25 +21,19 @@ import numpy as np
 from arr_fast.autorubric.answers import AnswerError, parse_criteria
 from arr_fast.autorubric.text_backend import TextReply, TextRequest, TextResult
 from arr_fast.images import CanonicalImage, to_image
+from arr_fast.prompts import Task
 from arr_fast.shapes.captions import describe
-from arr_fast.shapes.claims import Claim, Context
+from arr_fast.shapes.claims import EDIT_KINDS, Claim, Context
 from arr_fast.shapes.criterion_parser import parse_criterion
 from arr_fast.shapes.hidden_preference import HiddenPreference, sample_pairs
 from arr_fast.shapes.pairs import Example, sample_edit_pair
 from arr_fast.shapes.render import render
 from arr_fast.shapes.scene import Scene, sample_scene
-from arr_fast.shapes.writing import caption_prompt, pair_prompt
+from arr_fast.shapes.writing import GENERAL_KINDS, caption_prompt, pair_prompt
 
 if TYPE_CHECKING:
     from arr_fast.autorubric.text_backend import TextBackend
 
-GENERAL_KINDS = frozenset(
-    {
-        *("caption_objects", "caption_colours", "caption_count", "caption_relation"),
-        *("caption_background", "caption_extra", "faithful"),
-        *("sharpness", "noise", "occlusion", "cut_off", "edit_done", "edit_kept"),
-    }
-)
 BAR = 0.9
 
 
@@ -126,8 +120,8 @@ def writing_tasks(count: int, *, seed: int, limit: int = 5) -> list[WritingTask]
 
 
 def _pair_task(example: Example, preferred: int, general: bool, limit: int) -> WritingTask:
-    task = "t2i" if example.source is None else "edit"
-    parts = pair_prompt(task, example.caption, preferred, general)  # type: ignore[arg-type]
+    task: Task = "t2i" if example.source is None else "edit"
+    parts = pair_prompt(task, example.caption, preferred, general=general)
     scenes = example.scenes if example.source is None else (example.source, *example.scenes)
     images = tuple(_image(scene) for scene in scenes)
     winner, other = example.scenes[preferred - 1], example.scenes[2 - preferred]
@@ -174,9 +168,9 @@ def _verdict(task: WritingTask, text: str, seen: set[Claim]) -> tuple[str, Claim
         return "not in the grammar", None
     if claim in seen:
         return "duplicate", claim
-    needs_edit = claim.kind in ("edit_done", "edit_kept")
+    needs_edit = claim.kind in EDIT_KINDS
     if needs_edit != (task.context.edit is not None) and (
-        needs_edit or claim.kind.startswith("caption_") or claim.kind == "faithful"
+        needs_edit or claim.kind.startswith("caption_") or claim.kind in ("faithful", "overall")
     ):
         return "wrong kind", claim
     if task.form == "general" and claim.kind not in GENERAL_KINDS:

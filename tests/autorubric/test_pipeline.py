@@ -24,7 +24,7 @@ from arr_fast.shapes.hidden_preference import HiddenPreference, sample_pairs, sc
 from arr_fast.shapes.render import render
 from tests.autorubric.fakes import OracleJudge, ScriptedBackend, World, general_writer
 
-HIDDEN = sample_pairs(HiddenPreference.draw(1), 24, seed=1)
+HIDDEN = sample_pairs(HiddenPreference.draw(1), 16, seed=1)
 WORLD = World(HIDDEN)
 PAIRS = [
     LabelledPair(
@@ -58,7 +58,7 @@ def test_a_run_killed_at_any_call_resumes_without_repeating_one(tmp_path) -> Non
     whole(straight)
     backend, judge = straight.writer.backend, straight.verdicts.judge
     asked, judged = len(backend.asked), _verdicts(judge)
-    for kill in range(0, asked, 7):
+    for kill in range(0, asked, asked // 3):
         folder = tmp_path / f"writer{kill}"
         first = loop(ScriptedBackend(general_writer(WORLD), kill_after=kill), folder)
         with pytest.raises(KeyboardInterrupt):
@@ -68,7 +68,7 @@ def test_a_run_killed_at_any_call_resumes_without_repeating_one(tmp_path) -> Non
         assert len(first.writer.backend.asked) == kill
         assert len(second.writer.backend.asked) == asked - kill
         _same_files(tmp_path / "straight", folder)
-    for kill in range(0, len(judge.calls), 5):
+    for kill in range(0, len(judge.calls), len(judge.calls) // 4):
         folder = tmp_path / f"judge{kill}"
         first = loop(general_writer(WORLD), folder, OracleJudge(WORLD, kill_after=kill))
         with pytest.raises(KeyboardInterrupt):
@@ -112,6 +112,19 @@ def test_the_report_and_the_rubric_on_disk(tmp_path) -> None:
     }  # fmt: skip
 
 
+def test_a_pair_that_cannot_be_judged_is_left_out_of_selection_and_named(tmp_path) -> None:
+    class Blind(OracleJudge):
+        def compare(self, prompts, *args, **kwargs):
+            found = super().compare(prompts, *args, **kwargs)
+            errors = ["too long" if p == PAIRS[2].prompt else None for p in prompts]
+            return replace(found, errors=tuple(errors))
+
+    one = loop(general_writer(WORLD), tmp_path, Blind(WORLD))
+    report = whole(one)
+    assert report["unjudged"] == {PAIRS[2].name: "too long"}
+    assert sum(report["selection"]["cross_validation"]["folds"]) == len(PAIRS) - 1
+
+
 def test_failures_are_refined_with_what_failed_and_discarded_at_last() -> None:
     good, bad = PAIRS[0], PAIRS[1]
 
@@ -137,7 +150,8 @@ def test_failures_are_refined_with_what_failed_and_discarded_at_last() -> None:
         assert len(request.banned) == number
         text = "".join(part for part in request.parts if isinstance(part, str))
         assert ("Not these:" in text) == (number > 0)
-        assert all(banned in text for banned in request.banned)
+        # The bundled judge was shown two at most; all are banned while decoding.
+        assert all(banned in text for banned in request.banned[-2:])
     report = verification_report(outcomes)
     assert report["refinements"] == 5 and report["discard_rate"] == 0.5
 

@@ -43,9 +43,15 @@ def test_shapes_templates_are_the_trained_prompts(edit, general, rejected) -> No
     for preferred in (1, 2):
         one = pair(edit, preferred=preferred)
         got = TemplateSet("shapes").for_pair(one, general, limit=3, rejected=rejected)
-        wanted = pair_prompt(one.task, one.prompt, preferred, general, rejected)
+        wanted = pair_prompt(one.task, one.prompt, preferred, general=general, rejected=rejected)
         assert joined(got.parts) == joined(wanted)
         assert list(got.images) == list(one.shown)
+
+
+def test_the_bundled_judge_is_shown_no_more_failures_than_in_training() -> None:
+    got = TemplateSet("shapes").for_pair(pair(), True, limit=3, rejected=["A.", "B.", "C."])
+    wanted = pair_prompt("t2i", CAPTION, 2, general=True, rejected=["B.", "C."])
+    assert joined(got.parts) == joined(wanted)
 
 
 def test_shapes_caption_template_is_the_trained_prompt() -> None:

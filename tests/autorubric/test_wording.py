@@ -14,9 +14,9 @@ from arr_fast.autorubric.wording import (
 )
 from arr_fast.rubric import Criterion, Rubric
 from arr_fast.shapes.captions import describe
-from arr_fast.shapes.evaluate_writing import GENERAL_KINDS
 from arr_fast.shapes.grammar import PHRASINGS
 from arr_fast.shapes.scene import sample_scene
+from arr_fast.shapes.writing import GENERAL_KINDS
 
 CAPTION = "a scene with two red foxes beside a wooden bench on a navy background"
 
