@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
 
 from arr_fast import __version__
 from arr_fast.autorubric.comparison import (
@@ -28,9 +29,12 @@ from arr_fast.autorubric.text_backend import TextBackend
 from arr_fast.data.record import Record
 from arr_fast.data.registry import read_records
 from arr_fast.data.writing import plain, replacing
+from arr_fast.evals.intervals import Estimate
 from arr_fast.evals.judging import DIRECT, LogOdds, judge_identity
 from arr_fast.evals.measure import evaluate
+from arr_fast.evals.points import answer_measures, judge_points, question_rubric
 from arr_fast.evals.report import render_evaluation
+from arr_fast.evals.tables import Table, cell
 from arr_fast.prompts import TEMPLATE_VERSION
 from arr_fast.provenance import Provenance
 from arr_fast.shapes.hidden_preference import (
@@ -77,6 +81,7 @@ def run_demo(
     seed: int = 0,
     resamples: int = 2000,
     settings: AutoRubricSettings | None = None,
+    easy_vqa: bool = True,
     on_stage: Callable[[str], None] = lambda _: None,
 ) -> DemoOutcome:
     """Runs generate -> verify -> refine -> structure -> select, and evaluates.
@@ -92,6 +97,7 @@ def run_demo(
         seed: Of the preference, the scenes, the labels and the loop.
         resamples: Bootstrap resamples.
         settings: Of the loop; None for the defaults with `seed`.
+        easy_vqa: Also measure single images, on easy-VQA's yes/no test questions.
         on_stage: Told what happens.
     """
     chosen = settings or AutoRubricSettings(seed=seed)
@@ -116,7 +122,15 @@ def run_demo(
     comparison = compare_rubrics(
         found, resamples=resamples, seed=seed, limit=chosen.selected, folds=chosen.folds
     )
-    text = markdown(comparison_tables(comparison, DATASET))
+    tables = comparison_tables(comparison, DATASET)
+    pointwise: dict[str, Estimate] = {}
+    if easy_vqa:
+        on_stage("evaluate: easy-VQA test questions")
+        pointwise = _easy_vqa(judge, folder, resamples, seed)
+        row = (("easy-VQA test (training-family data)", ""), cell(pointwise["accuracy"], "percent"))
+        about = "Yes/no questions about single images; 95 % intervals, bootstrap over pictures."
+        tables.append(Table("Pointwise accuracy", about, ("", "accuracy"), (row,)))
+    text = markdown(tables)
     document = {
         "schema": f"arr_fast.rubric_demo/{SCHEMA}",
         "arr_fast_version": __version__,
@@ -125,6 +139,7 @@ def run_demo(
         "hidden_weights": hidden.weights,
         "selected": [{"text": c.text, "weight": c.weight} for c in selection.rubric.criteria],
         "comparison": comparison.to_json(),
+        "easy_vqa": {name: estimate.to_json() for name, estimate in pointwise.items()},
         "autorubric": report,
     }
     with replacing(folder / "demo.json") as handle:
@@ -140,6 +155,30 @@ def _written(pairs: list[HiddenPair], folder: Path) -> tuple[Reading, list[Recor
     """Renders pairs, and reads them back as any user's data is read."""
     records = list(read_records(write_pairs(pairs, folder)))
     return read_labelled(records), records
+
+
+def _easy_vqa(judge: Judge, folder: Path, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Accuracy on single images; what is finished stays in the folder."""
+    points = list(read_records("easy-vqa:test"))
+    outcome = judge_points(
+        judge,
+        points,
+        rubric_of=question_rubric,
+        label_mass=False,
+        batch_size=64,
+        out=folder / "easy_vqa.jsonl",
+        console=Console(stderr=True),
+    )
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    odds = np.array([line["criteria"][0]["log_odds"] for line in outcome.results])
+    return answer_measures(
+        odds,
+        np.array([point.label_score for point in points]),
+        [str(point.images[0]) for point in points],
+        resamples=resamples,
+        seed=seed,
+    )
 
 
 def _contestants(

@@ -184,6 +184,10 @@ class AutoRubric:
             outcomes: Of all pairs; also of discarded ones, whose labels count in selection. Pairs
                 that the judge cannot judge are left out; the report names them.
             structured: The structured criteria.
+
+        Raises:
+            ArrFastError: No criterion agrees with the labels more often than not.
+            ValueError: Too few pairs for cross-validation.
         """
         settings = self.settings
         outcomes = self._judgeable(outcomes, structured.texts)
@@ -200,6 +204,8 @@ class AutoRubric:
             )
             weights = solve(matrix, tested.best, **options)
             path = tuple(greedy_report(matrix, **options))
+        if not len(weights.chosen):
+            raise ArrFastError("no criterion points to what people prefer; nothing to select")
         rubric = self._final_rubric(structured, matrix, weights, self._task(pairs))
         if self.folder is not None:
             rubric.save(self.folder / RUBRIC)

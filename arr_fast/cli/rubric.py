@@ -195,6 +195,9 @@ def demo(
     untouched: Annotated[int, typer.Option(min=10, help="Pairs to evaluate on.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of preference, scenes and labels.")] = 0,
     resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples.")] = 2000,
+    easy_vqa: Annotated[
+        bool, typer.Option("--easy-vqa/--no-easy-vqa", help="Also measure single images.")
+    ] = True,
     batch_size: opt.BatchSize = 16,
 ) -> None:
     """Learn a hidden preference from 100 pairs, measure on 2,000; exits 1 if a bar is missed."""
@@ -211,6 +214,7 @@ def demo(
             untouched=untouched,
             seed=seed,
             resamples=resamples,
+            easy_vqa=easy_vqa,
             on_stage=_say,
         )
         _print_report(outcome.report)

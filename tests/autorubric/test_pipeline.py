@@ -254,6 +254,17 @@ def test_a_writers_structure_is_used_checked_and_replaced_when_broken() -> None:
     assert found.method == "clusters" and "could not be used" in found.notes[0]
 
 
+def test_a_judge_that_agrees_with_no_label_gives_no_rubric() -> None:
+    class Contrary(OracleJudge):
+        def _odds(self, prompt, a, b, text):
+            return {p.prompt: -1.0 * p.label for p in PAIRS}[prompt]
+
+    one = loop(general_writer(WORLD), judge=Contrary(WORLD))
+    outcomes = [replace(o, status="verified") for o in one.verify(one.generate(PAIRS))]
+    with pytest.raises(ArrFastError, match="nothing to select"):
+        one.select(outcomes, one.structure(outcomes))
+
+
 def test_mixed_tasks_are_refused() -> None:
     edit = LabelledPair("e", "Remove it.", PAIRS[0].images, 1, PAIRS[1].images[0])
     one = loop(general_writer(WORLD))
@@ -294,6 +305,7 @@ def test_the_demo_recovers_a_hidden_preference(tmp_path) -> None:
         untouched=150,
         seed=3,
         resamples=50,
+        easy_vqa=False,
     )
     measures = {name: m["debiased"].value for name, m in found.comparison.measures.items()}
     assert measures["selected"] > measures["all verified"] > measures["no rubric"]
