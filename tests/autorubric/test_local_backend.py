@@ -55,6 +55,8 @@ def test_answers_are_json_alone_or_in_a_batch_and_the_judge_is_left_as_it_was(ju
     before = judge.compare(["x"], [A], [B], rubric).preference
     backend = LocalBackend(judge, batch_size=4)
     asked = [request(), request(3, temperature=0.8, seed=5), request(1)]
+    edit = TemplateSet("shapes").for_pair(LabelledPair("e", "x", (A, B), 2, B), False, limit=1)
+    asked.append(TextRequest(edit.parts, edit.images, limit=1, max_tokens=300))
     asked.append(TextRequest(("No image.",), limit=1, max_tokens=300))
     together = answers(backend, *asked)
     for reply in together:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from arr_fast.autorubric import demo
 from arr_fast.cli import app, options
-from arr_fast.rubric import Rubric
+from arr_fast.data.registry import read_records
+from arr_fast.judge import Judge
+from arr_fast.rubric import Criterion, Rubric
 from arr_fast.shapes.hidden_preference import HiddenPreference, sample_pairs, write_pairs
 from tests.autorubric.fakes import OracleJudge, World
 from tests.autorubric.stand_in import standing_in
@@ -154,6 +158,22 @@ def test_what_makes_no_sense_is_one_line(data, tmp_path, monkeypatch, options_, 
     result = call("structure", data, "--dir", tmp_path, "--model", "x", *options_)
     assert result.exit_code == 1 and message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_demo_measures_single_images_and_goes_on_from_its_file(tmp_path, monkeypatch) -> None:
+    judge = Judge.from_pretrained(TINY, device="cpu")
+    records = list(islice(read_records("easy-vqa:test"), 12))
+    monkeypatch.setattr(demo, "read_records", lambda _: records)
+    found = demo._easy_vqa(judge, tmp_path, 10, 0)
+    right = []
+    for record in records:
+        rubric = Rubric(name="q", criteria=(Criterion(id="q", text=record.criterion),))
+        odds = judge.score([record.prompt], [str(record.images[0])], rubric).log_odds[0, 0]
+        right.append((odds > 0) == (record.label_score == 1.0))
+    assert found["accuracy"].value == pytest.approx(sum(right) / 12)
+    forwards = judge.stats()["forwards"]
+    assert demo._easy_vqa(judge, tmp_path, 10, 0) == found
+    assert judge.stats()["forwards"] == forwards
 
 
 def test_show_warns_about_vague_criteria(tmp_path) -> None:
