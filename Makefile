@@ -11,7 +11,7 @@ TIER ?= not gpu and not slow and not vllm and not browser and not aot and not in
 # More arguments for pytest, a path for example.
 ARGS ?=
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo rubric-demo test lint bench clean
 
 venv: $(STAMP)
 
@@ -25,6 +25,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/arr-fast demo --html demo.html
+
+# Learns a hidden preference from 100 labelled pairs and prints the README's tables; resumes.
+rubric-demo: $(STAMP)
+	$(BIN)/arr-fast rubric demo --dir rubric-demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "$(TIER)" $(ARGS)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from arr_fast import __version__
-from arr_fast.cli import benching, demo, info, judging, verify
+from arr_fast.cli import benching, demo, info, judging, rubric, verify
 from arr_fast.cli.kernels import kernels_app
 from arr_fast.data import cli as data_cli
 from arr_fast.evals import cli as evals_cli
@@ -49,3 +49,4 @@ app.command("serve")(serve_cli.serve)
 app.add_typer(benching.app, name="bench")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(rubric.app, name="rubric")

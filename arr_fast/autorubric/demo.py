@@ -1,0 +1,255 @@
+"""The demonstration: pairs labelled by a hidden preference, a rubric learned from 100 of them, and
+what it is worth on 2,000 others. No network; killed and started again, it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from arr_fast import __version__
+from arr_fast.autorubric.comparison import (
+    Comparison,
+    Contestants,
+    compare_rubrics,
+    comparison_tables,
+    markdown,
+)
+from arr_fast.autorubric.labelled import LabelledPair, Reading, read_labelled
+from arr_fast.autorubric.pipeline import AutoRubric, Selection
+from arr_fast.autorubric.settings import AutoRubricSettings
+from arr_fast.autorubric.structure import Structured, candidates_of
+from arr_fast.autorubric.templates import TemplateSet
+from arr_fast.autorubric.text_backend import TextBackend
+from arr_fast.data.record import Record
+from arr_fast.data.registry import read_records
+from arr_fast.data.writing import plain, replacing
+from arr_fast.evals.intervals import Estimate
+from arr_fast.evals.judging import DIRECT, LogOdds, judge_identity
+from arr_fast.evals.measure import evaluate
+from arr_fast.evals.points import answer_measures, judge_points, question_rubric
+from arr_fast.evals.report import render_evaluation
+from arr_fast.evals.tables import Table, cell
+from arr_fast.prompts import TEMPLATE_VERSION
+from arr_fast.provenance import Provenance
+from arr_fast.shapes.hidden_preference import (
+    HiddenPair,
+    HiddenPreference,
+    oracle_credit,
+    sample_pairs,
+    scene_keys,
+    write_pairs,
+)
+
+if TYPE_CHECKING:
+    from arr_fast.judge import Judge
+
+SCHEMA = 1
+TRAIN, UNTOUCHED = 100, 2000
+DATASET = "hidden preference"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DemoOutcome:
+    """What the demonstration found.
+
+    Attributes:
+        report: The loop's own report.
+        selection: The rubric.
+        comparison: Its worth on untouched pairs.
+        text: The tables as Markdown.
+    """
+
+    report: dict[str, Any]
+    selection: Selection
+    comparison: Comparison
+    text: str
+
+
+def run_demo(
+    judge: Judge,
+    backend: TextBackend,
+    folder: Path,
+    *,
+    train: int = TRAIN,
+    untouched: int = UNTOUCHED,
+    seed: int = 0,
+    resamples: int = 2000,
+    settings: AutoRubricSettings | None = None,
+    easy_vqa: bool = True,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> DemoOutcome:
+    """Runs generate -> verify -> refine -> structure -> select, and evaluates.
+
+    Writes under `folder`: data/ (the pairs), the loop's files, tables.md, demo.json, demo.html.
+
+    Args:
+        judge: Judges.
+        backend: Writes.
+        folder: Where everything goes; calls that it holds are not repeated.
+        train: Pairs to learn from.
+        untouched: Pairs to evaluate on; they share no prompt and no scene with the others.
+        seed: Of the preference, the scenes, the labels and the loop.
+        resamples: Bootstrap resamples.
+        settings: Of the loop; None for the defaults with `seed`.
+        easy_vqa: Also measure single images, on easy-VQA's yes/no test questions.
+        on_stage: Told what happens.
+    """
+    chosen = settings or AutoRubricSettings(seed=seed)
+    hidden = HiddenPreference.draw(seed)
+    on_stage(f"draw {train} + {untouched} pairs")
+    learning = sample_pairs(hidden, train, seed=seed)
+    taken = frozenset().union(*(scene_keys(pair.example) for pair in learning))
+    testing = sample_pairs(hidden, untouched, seed=seed + 1, taken=taken)
+    reading, _ = _written(learning, folder / "data" / "train")
+    loop = AutoRubric(judge, backend, TemplateSet("shapes"), chosen, folder, on_stage=on_stage)
+    try:
+        outcomes = loop.refine(loop.verify(loop.generate(reading.pairs)))
+        structured = loop.structure(outcomes)
+        selection = loop.select(outcomes, structured)
+        report = loop.report(reading, outcomes, structured, selection)
+        verified = [each.text for each in candidates_of(outcomes, range(len(outcomes)))]
+        on_stage(f"evaluate: {untouched} pairs")
+        test, records = _written(testing, folder / "data" / "untouched")
+        found = _contestants(loop, selection, structured, verified, test, testing)
+    finally:
+        loop.close()
+    comparison = compare_rubrics(
+        found, resamples=resamples, seed=seed, limit=chosen.selected, folds=chosen.folds
+    )
+    tables = comparison_tables(comparison, DATASET)
+    pointwise: dict[str, Estimate] = {}
+    if easy_vqa:
+        on_stage("evaluate: easy-VQA test questions")
+        pointwise = _easy_vqa(judge, folder, resamples, seed)
+        row = (("easy-VQA test (training-family data)", ""), cell(pointwise["accuracy"], "percent"))
+        about = "Yes/no questions about single images; 95 % intervals, bootstrap over pictures."
+        tables.append(Table("Pointwise accuracy", about, ("", "accuracy"), (row,)))
+    text = markdown(tables)
+    document = {
+        "schema": f"arr_fast.rubric_demo/{SCHEMA}",
+        "arr_fast_version": __version__,
+        "judge": judge_identity(judge),
+        "seed": seed,
+        "hidden_weights": hidden.weights,
+        "selected": [{"text": c.text, "weight": c.weight} for c in selection.rubric.criteria],
+        "comparison": comparison.to_json(),
+        "easy_vqa": {name: estimate.to_json() for name, estimate in pointwise.items()},
+        "autorubric": report,
+    }
+    with replacing(folder / "demo.json") as handle:
+        json.dump(plain(document), handle, indent=1, ensure_ascii=False, allow_nan=False)
+        handle.write("\n")
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    page = _page(judge, found, selection, test.pairs, records, seed, resamples)
+    (folder / "demo.html").write_text(page, encoding="utf-8")
+    return DemoOutcome(report, selection, comparison, text)
+
+
+def _written(pairs: list[HiddenPair], folder: Path) -> tuple[Reading, list[Record]]:
+    """Renders pairs, and reads them back as any user's data is read."""
+    records = list(read_records(write_pairs(pairs, folder)))
+    return read_labelled(records), records
+
+
+def _easy_vqa(judge: Judge, folder: Path, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Accuracy on single images; what is finished stays in the folder."""
+    points = list(read_records("easy-vqa:test"))
+    outcome = judge_points(
+        judge,
+        points,
+        rubric_of=question_rubric,
+        label_mass=False,
+        batch_size=64,
+        out=folder / "easy_vqa.jsonl",
+        console=Console(stderr=True),
+    )
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    odds = np.array([line["criteria"][0]["log_odds"] for line in outcome.results])
+    return answer_measures(
+        odds,
+        np.array([point.label_score for point in points]),
+        [str(point.images[0]) for point in points],
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def _contestants(
+    loop: AutoRubric,
+    selection: Selection,
+    structured: Structured,
+    verified: Sequence[str],
+    test: Reading,
+    testing: Sequence[HiddenPair],
+) -> Contestants:
+    direct = DIRECT["t2i"]
+    texts = list(dict.fromkeys([direct, *verified, *structured.texts]))
+    matrix = loop.verdicts.matrix(test.pairs, texts)
+    by_name = {f"pair {number}": pair for number, pair in enumerate(testing)}
+    kept = [by_name[pair.name] for pair in test.pairs]
+    return Contestants(
+        matrix=matrix,
+        train=selection.matrix,
+        direct=direct,
+        verified=tuple(verified),
+        selected=tuple(criterion.text for criterion in selection.rubric.criteria),
+        weights=tuple(criterion.weight for criterion in selection.rubric.criteria),
+        oracle=oracle_credit(kept),
+    )
+
+
+def _page(
+    judge: Judge,
+    found: Contestants,
+    selection: Selection,
+    pairs: Sequence[LabelledPair],
+    records: Sequence[Record],
+    seed: int,
+    resamples: int,
+) -> str:
+    """The evaluation page of the selected rubric beside the judge without one."""
+    rubric, matrix = selection.rubric, found.matrix
+    columns, direct = matrix.columns(found.selected), matrix.columns([found.direct])[0]
+    count = len(matrix.label)
+    loaded = judge.engine.loaded
+    origin = Provenance(loaded.name, loaded.revision, (rubric.content_hash,), TEMPLATE_VERSION)
+    odds = LogOdds(
+        ids=(rubric.ids,) * count,
+        ab=matrix.ab[:, columns],
+        ba=matrix.ba[:, columns],
+        weights=np.tile(np.asarray(found.weights), (count, 1)),
+        essential=np.zeros((count, len(columns)), dtype=bool),
+        holistic=None,
+        direct=np.stack([matrix.ab[:, direct], matrix.ba[:, direct]], axis=1),
+        provenance=(origin.to_json(),) * count,
+    )
+    result = evaluate(
+        odds,
+        matrix.label.tolist(),
+        [pair.cluster for pair in pairs],
+        resamples=resamples,
+        seed=seed,
+    )
+    by_name = {record.name: record for record in records}
+    return render_evaluation(
+        result,
+        [by_name[pair.name] for pair in pairs],
+        odds,
+        lambda _: rubric,
+        title=f"{loaded.name}: a rubric from {len(found.train.label)} labelled pairs",
+        facts=[
+            ("Judge", f"{loaded.name} ({loaded.revision})"),
+            ("Pairs", f"{count}, untouched, labelled by a preference hidden from the judge"),
+            ("Selection", selection.weights.method),
+            ("Version", f"arr_fast {__version__}, seed {seed}"),
+        ],
+        aggregation="log_odds_mean",
+        seed=seed,
+    )
