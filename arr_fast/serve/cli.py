@@ -52,6 +52,20 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that accepted requests get after SIGTERM.")
     ] = 60.0,
+    ray: Annotated[bool, typer.Option("--ray", help="Replicas behind Ray Serve.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: replicas, or the least.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: scale up to this many with the load.")
+    ] = None,
+    gpus_per_replica: Annotated[
+        float | None, typer.Option(min=0.0, help="With --ray: 0.5 shares a GPU; default 1 or 0.")
+    ] = None,
+    cpus_per_replica: Annotated[
+        float, typer.Option(min=0.0, help="With --ray: cores that Ray reserves.")
+    ] = 1.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="With --ray: a running cluster; default: one of our own.")
+    ] = None,
     revision: opt.Revision = None,
     adapter: opt.Adapter = None,
     dtype: opt.Dtype = "auto",
@@ -87,7 +101,7 @@ def serve(
             **{name: value for name, value in given.items() if value is not None},
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        judge = opt.load_judge(
+        options = opt.judge_options(
             model,
             revision=revision,
             adapter=adapter,
@@ -96,7 +110,21 @@ def serve(
             impl=impl,
             quantization=quantization,
         )
-        err_console.print(f"serving [bold]{escape(model)}[/] at http://{host}:{port} (docs: /docs)")
+        where = f"[bold]{escape(model)}[/] at http://{host}:{port} (docs: /docs)"
+        if ray:
+            from arr_fast.serve import ray_serve
+
+            scale = ray_serve.RayScale(
+                replicas=replicas,
+                max_replicas=max_replicas,
+                gpus=gpus_per_replica,
+                cpus=cpus_per_replica,
+                address=ray_address,
+            )
+            ray_serve.run(options, settings, scale, lambda _: err_console.print(f"serving {where}"))
+            return
+        judge = opt.load_judge(**options)
+        err_console.print(f"serving {where}")
         make_server(judge, settings).run()
 
 
