@@ -1,7 +1,7 @@
 """Data-parallel judging inside a training job: a prompt's group may lie on several ranks.
 
 flow_grpo's sampler and accelerate's spread the images of one prompt over the ranks of
-torch.distributed, each of which holds a judge. `GroupGather` brings each group together on one rank:
+torch.distributed, each of which holds a judge. `GroupGather` brings each group to one rank:
 
 1. the ranks exchange the keys of their images (prompt, and for edits the source's content hash);
 2. every group gets an owner, the largest first, to the rank with the fewest pairs so far;

@@ -17,8 +17,9 @@ RewardModeChoice = Literal["point", "group"]
 ENVIRONMENT_TOKEN = "ARR_FAST_TOKEN"
 
 
+@opt.takes_judge
 def serve(
-    model: opt.Model = opt.BUILTIN,
+    choice: opt.JudgeChoice = opt.DEFAULT_JUDGE,
     rubric: opt.RubricName = None,
     host: Annotated[str, typer.Option(help="Address; loopback unless told otherwise.")] = (
         "127.0.0.1"
@@ -66,12 +67,6 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="With --ray: a running cluster; default: one of our own.")
     ] = None,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    impl: opt.Impl = "auto",
-    quantization: opt.Quantization = "none",
 ) -> None:
     """Serve a judge over HTTP; API documentation at /docs."""
     with opt.one_line_errors():
@@ -101,16 +96,11 @@ def serve(
             **{name: value for name, value in given.items() if value is not None},
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        options = opt.judge_options(
-            model,
-            revision=revision,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            impl=impl,
-            quantization=quantization,
-        )
-        where = f"[bold]{escape(model)}[/] at http://{host}:{port} (docs: /docs)"
+
+        def announce() -> None:
+            where = f"[bold]{escape(choice.model)}[/] at http://{host}:{port}"
+            err_console.print(f"serving {where} (docs: /docs)")
+
         if ray:
             from arr_fast.serve import ray_serve
 
@@ -121,10 +111,10 @@ def serve(
                 cpus=cpus_per_replica,
                 address=ray_address,
             )
-            ray_serve.run(options, settings, scale, lambda _: err_console.print(f"serving {where}"))
+            ray_serve.run(choice.arguments(), settings, scale, announce)
             return
-        judge = opt.load_judge(**options)
-        err_console.print(f"serving {where}")
+        judge = opt.load_judge(choice)
+        announce()
         make_server(judge, settings).run()
 
 

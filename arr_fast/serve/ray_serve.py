@@ -8,6 +8,8 @@ whose replica died sends its request again (`JudgeClient` does, see client.py) a
 from __future__ import annotations
 
 import logging
+import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -97,6 +99,27 @@ def require_ray() -> None:
         raise MissingDependencyError("ray", "ray") from error
 
 
+def connect(address: str | None, cpus: float) -> bool:
+    """Joins a cluster, or starts one on this machine.
+
+    Args:
+        address: Of a running cluster; None starts one.
+        cpus: Cores that a cluster of our own must have to lend, however many there are.
+
+    Returns:
+        False where this process was connected already, and `ray.shutdown` is somebody else's.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
+    own: dict[str, Any] = {}
+    if address is None:
+        own = {"num_cpus": max(1, math.ceil(cpus)) + 1, "include_dashboard": False}
+    ray.init(address=address, namespace=APPLICATION, log_to_driver=False, **own)
+    return True
+
+
 def start(
     judge_options: Mapping[str, Any], settings: ServeSettings, scale: RayScale
 ) -> Callable[[], None]:
@@ -115,6 +138,8 @@ def start(
         MissingDependencyError: The extra `ray` is not installed.
         ArrFastError: The pickle protocol was asked for, or the replicas did not start.
     """
+    # Ray gives its proxy 5 s to start, which a busy machine spends on imports alone.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     require_ray()
     import ray
     from ray import serve
@@ -125,14 +150,8 @@ def start(
         raise ArrFastError("the pickle protocol is not served through Ray; use msgpack")
     if not is_loopback(settings.host) and settings.token is None:
         logger.warning("%s is reachable from outside and no token is set", settings.host)
-    mine = not ray.is_initialized()
-    if mine:
-        local: dict[str, Any] = {}
-        if scale.address is None:
-            most = scale.max_replicas or scale.replicas
-            # The controller and the proxy want no core, but replicas may outnumber the cores.
-            local = {"num_cpus": max(1, round(scale.cpus * most) + 1), "include_dashboard": False}
-        ray.init(address=scale.address, namespace=APPLICATION, log_to_driver=False, **local)
+    # The controller and the proxy want no core, but replicas may outnumber the cores.
+    mine = connect(scale.address, scale.cpus * (scale.max_replicas or scale.replicas))
     serve.start(
         proxy_location=ProxyLocation.EveryNode,
         http_options=HTTPOptions(host=settings.host, port=settings.port),
@@ -156,13 +175,13 @@ def run(
     judge_options: Mapping[str, Any],
     settings: ServeSettings,
     scale: RayScale,
-    say: Callable[[str], None],
+    on_ready: Callable[[], None],
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets the replicas finish.
 
     Args:
         judge_options, settings, scale: See `start`.
-        say: Told when the replicas serve.
+        on_ready: Called when the replicas serve.
     """
     stopping = threading.Event()
 
@@ -172,7 +191,7 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     stop = start(judge_options, settings, scale)
-    say("serving")
+    on_ready()
     stopping.wait()
     stop()
 
