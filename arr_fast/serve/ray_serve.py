@@ -188,9 +188,10 @@ def run(
     def on_signal(_: int, __: FrameType | None) -> None:
         stopping.set()
 
+    stop = start(judge_options, settings, scale)
+    # Not before: ray.init puts handlers of its own in place.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    stop = start(judge_options, settings, scale)
     on_ready()
     stopping.wait()
     stop()

@@ -64,7 +64,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_DEDUP_LOGS": "0"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
