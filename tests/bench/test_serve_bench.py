@@ -1,4 +1,4 @@
-"""The load test of the server: what it sends, that its gates can fail, and a short run of it all."""
+"""The load test of the server: what it sends, that its gates can fail, and a short run of all."""
 
 from __future__ import annotations
 

@@ -142,6 +142,8 @@ def test_trl_sync_and_async(judge, expected):
     }
     sync = sync_reward(judge, lambda text, row: images[int(text)], rubric=RUBRIC)
     assert sync(**calls) == expected
+    gathered = sync_reward(judge, lambda text, row: images[int(text)], rubric=RUBRIC, gather=True)
+    assert [gathered(**calls), gathered(**calls)] == [expected] * 2
     future = async_reward(judge, lambda text, row: images[int(text)], rubric=RUBRIC)
     assert inspect.iscoroutinefunction(future)
     assert asyncio.run(future(**calls)) == expected

@@ -94,10 +94,19 @@ def test_an_unknown_kind_is_refused():
         judge_dataset(None, Work("guess", JUDGE))  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """One cluster for both files: the command joins what its process is connected to."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_two_actors_judge_a_file(judge, rubric_file, tmp_path, ending):
-    pytest.importorskip("ray")
     path = tmp_path / f"pairs.{ending}"
     given = rows(10)
     if ending == "parquet":
