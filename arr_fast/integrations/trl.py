@@ -51,7 +51,7 @@ def sync_reward(
         ]
         images = [image_of(c, row) for c, row in zip(completions, rows, strict=True)]
         keys = texts if group_column is None else [row[group_column] for row in rows]
-        options = {"keys": keys, "rubric": rubric, "reward": reward}
+        options: dict[str, Any] = {"keys": keys, "rubric": rubric, "reward": reward}
         if not gather:
             return group_rewards(judge, texts, images, **options)
         if not gathers:
