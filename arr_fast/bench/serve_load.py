@@ -139,6 +139,7 @@ async def run_clients(
     *,
     clients: int,
     seconds: float,
+    requests: int | None = None,
     malformed_share: float = 0.0,
     leaving_share: float = 0.0,
     seed: int = 0,
@@ -150,6 +151,7 @@ async def run_clients(
         corpus: What they send.
         clients: How many there are.
         seconds: How long new requests are begun; those under way are waited for.
+        requests: How many each client sends at most.
         malformed_share, leaving_share: Shares of requests that make no sense, and of those whose
             client does not wait for the answer.
         seed: Of the choices.
@@ -163,7 +165,9 @@ async def run_clients(
 
         async def one(number: int) -> None:
             rng = np.random.default_rng([seed, number])
-            while time.monotonic() < end:
+            sent = 0
+            while time.monotonic() < end and (requests is None or sent < requests):
+                sent += 1
                 query = corpus[int(rng.integers(len(corpus)))]
                 dice = rng.random()
                 if dice < malformed_share:

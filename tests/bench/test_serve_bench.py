@@ -34,7 +34,7 @@ def corpus(judge):
 
 
 def load_of(run, corpus, **options) -> Tally:
-    options = {"clients": 6, "seconds": 1.0, **options}
+    options = {"clients": 6, "seconds": 120.0, "requests": 8, **options}
     return asyncio.run(run_clients(run.url, corpus, **options))
 
 
@@ -45,13 +45,13 @@ def test_right_answers_are_told_from_wrong_ones(judge, corpus):
     answer["pairs"][0]["criteria"][2]["preference"] += 1e-2
     with running(judge) as run:
         good = load_of(run, corpus, malformed_share=0.2, leaving_share=0.1)
-        bad = load_of(run, [replace(query, answer=answer)], clients=2)
+        bad = load_of(run, [replace(query, answer=answer)], clients=2, requests=1)
     assert good.counts["ok"] and good.counts["malformed"] and good.counts["left"]
     assert not good.problems and set(good.counts) <= {"ok", "malformed", "left", "refused"}
     assert bad.counts["wrong"] and not bad.counts["ok"]
     assert "criteria[2].preference" in bad.problems[0]
     # Nobody answers any more.
-    gone = load_of(run, corpus, clients=1, seconds=0.05)
+    gone = load_of(run, corpus, clients=1, requests=1)
     assert gone.counts["lost"] and "ConnectError" in gone.problems[0]
 
 
