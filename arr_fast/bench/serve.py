@@ -24,7 +24,7 @@ from rich.table import Table
 
 from arr_fast import __version__
 from arr_fast.bench.rows import environment
-from arr_fast.bench.serve_load import Query, Tally, ask, build_corpus, run_clients
+from arr_fast.bench.serve_load import JSON, Query, Tally, ask, build_corpus, run_clients
 from arr_fast.bench.serve_process import ACCEPTED, Server, Watch, read_metric, serving
 from arr_fast.judge import Judge
 
@@ -181,7 +181,7 @@ async def _drain(server: Server, corpus: Sequence[Query], clients: int) -> tuple
     tally = Tally()
     limits = httpx.Limits(max_connections=clients + 1)
     async with httpx.AsyncClient(
-        base_url=server.url, timeout=120.0, limits=limits, trust_env=False
+        base_url=server.url, headers=JSON, timeout=120.0, limits=limits, trust_env=False
     ) as client:
         before = await read_metric(client, ACCEPTED)
         asked = [

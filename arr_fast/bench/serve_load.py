@@ -41,6 +41,7 @@ SIZES = (
 )
 TOLERANCE = 1e-4
 PATH = "/v1/judge/"
+JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ async def run_clients(
     end = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(
-        base_url=url, timeout=120.0, limits=limits, trust_env=False
+        base_url=url, headers=JSON, timeout=120.0, limits=limits, trust_env=False
     ) as client:
 
         async def one(number: int) -> None:

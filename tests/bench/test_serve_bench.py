@@ -11,6 +11,7 @@ import pytest
 
 from arr_fast.bench.serve import Load, ServeBench, _hold, run_serve_bench, table_of
 from arr_fast.bench.serve_load import (
+    JSON,
     SIZES,
     Tally,
     build_corpus,
@@ -57,8 +58,10 @@ def test_right_answers_are_told_from_wrong_ones(judge, corpus):
 
 def test_every_kind_of_malformed_body_is_refused(judge, corpus):
     with running(judge) as run:
+        # The same without the change is accepted, so it is the change that is refused.
+        assert run.http.post(corpus[0].path, content=corpus[0].body, headers=JSON).is_success
         for number, query in ((n, q) for n in range(7) for q in (corpus[0], corpus[4], corpus[6])):
-            answer = run.http.post(query.path, content=malformed(query, number))
+            answer = run.http.post(query.path, content=malformed(query, number), headers=JSON)
             assert answer.status_code in (400, 422), (number, query.path)
 
 

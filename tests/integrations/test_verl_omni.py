@@ -28,12 +28,15 @@ def call(uid: str | None, value: int, judge: Any, prompt: str = "p", **options: 
     )
 
 
-def test_a_slow_judge_does_not_count_as_a_missing_sample():
-    class Slow(BrightnessRanker):
-        def rank(self, *args: Any, **options: Any) -> Any:
-            time.sleep(0.5)
-            return super().rank(*args, **options)
+class Slow(BrightnessRanker):
+    """A judge that takes its time."""
 
+    def rank(self, *args: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return super().rank(*args, **options)
+
+
+def test_a_slow_judge_does_not_count_as_a_missing_sample():
     async def main() -> list[dict[str, float]]:
         return await asyncio.gather(*(call("u", v, Slow(), timeout_s=0.2) for v in (1, 3, 2)))
 
@@ -57,8 +60,8 @@ def test_all_that_wait_abstain_together_and_a_latecomer_on_its_own():
 
 def test_a_cancelled_caller_does_not_take_the_group_with_it():
     async def main() -> list[Any]:
-        tasks = [asyncio.create_task(call("u", v, BrightnessRanker())) for v in (1, 3, 2)]
-        await asyncio.sleep(0)
+        tasks = [asyncio.create_task(call("u", v, Slow())) for v in (1, 3, 2)]
+        await asyncio.sleep(0.1)
         # The last to come started the judging.
         tasks[2].cancel()
         return await asyncio.gather(*tasks, return_exceptions=True)

@@ -116,7 +116,7 @@ def test_one_wrong_value_anywhere_is_a_refusal(server, route):
     @given(st.sampled_from(anywhere), JSON)
     def no_500(path, new):
         body = json.dumps(replaced(good, path, new)).encode("utf-8", "surrogatepass")
-        answer = server.http.post(route, content=body)
+        answer = server.http.post(route, content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code in LEGAL, (path, new, answer.text)
 
     no_500()
