@@ -14,6 +14,7 @@ import pytest
 from arr_fast.errors import VerdictError
 from arr_fast.integrations import verl_omni
 from tests.integrations.rankers import BrightnessRanker
+from tests.ray.environment import BUSY_MACHINE
 
 
 def call(uid: str | None, value: int, judge: Any, prompt: str = "p", **options: Any) -> Any:
@@ -105,6 +106,7 @@ def test_what_makes_no_group_is_refused(calls, words):
 @pytest.fixture(scope="module")
 def ray_cluster():
     ray = pytest.importorskip("ray")
+    os.environ.update(BUSY_MACHINE)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, namespace="test")
     yield ray
     ray.shutdown()

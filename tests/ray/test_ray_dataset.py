@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from arr_fast.errors import ArrFastError
 from arr_fast.judge import Judge
 from arr_fast.serve.ray_dataset import JudgeActor, Work, judge_dataset
 from tests.engine import scenes
+from tests.ray.environment import BUSY_MACHINE
 from tests.serve.running import MODEL, assert_close, pair, png
 
 RUBRIC = scenes.rubric(2)
@@ -98,6 +100,7 @@ def test_an_unknown_kind_is_refused():
 def cluster():
     """One cluster for both files: the command joins what its process is connected to."""
     ray = pytest.importorskip("ray")
+    os.environ.update(BUSY_MACHINE)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -24,6 +24,7 @@ from arr_fast.serve.client import JudgeClient, JudgeServerError, RetryPolicy
 from arr_fast.serve.ray_serve import RayScale, start
 from arr_fast.serve.settings import ServeSettings
 from tests.engine import scenes
+from tests.ray.environment import BUSY_MACHINE
 from tests.serve.running import MODEL, assert_close, pair
 
 ROOT = Path(__file__).parents[2]
@@ -64,13 +65,13 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, **BUSY_MACHINE, "PYTHONPATH": os.pathsep.join(paths)},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
     found = Cluster(process, f"http://127.0.0.1:{port}")
     try:
-        wait_for(lambda: is_serving(found) or process.poll() is not None, 240.0, log)
+        wait_for(lambda: is_serving(found) or process.poll() is not None, 480.0, log)
         assert process.poll() is None, log.read_text()
         yield found
         children = psutil.Process(process.pid).children(recursive=True)
