@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Which tests `make test` runs: everything a CPU can do in minutes. Others by marker, for example
 #   make test TIER="compile and not slow"
 #   TRITON_INTERPRET=1 make test TIER=interpret     (a process of its own: see CONTRIBUTING.md)
-TIER ?= not gpu and not slow and not vllm and not browser and not aot and not interpret and not compile
+TIER ?= not gpu and not slow and not vllm and not browser and not aot and not interpret and not compile and not ray and not trl and not fuzz
 # More arguments for pytest, a path for example.
 ARGS ?=
 

@@ -25,11 +25,11 @@ class GroupVerdicts:
         score: Per group, float64 [G, G]: Z of candidate i against j; antisymmetric, 0 on the
             diagonal, NaN where judging failed.
         winner_code: Per group, int8 [G, G]: 1 if i beats j, -1 if it loses, 0 for a tie (and on
-            the diagonal), NO_WINNER where judging failed.
+            the diagonal), NO_WINNER where judging failed or the label mass was low.
         win_rate: Per group, float64 [G]: wins plus half of the ties, over judged opponents; NaN
-            without any.
-        bradley_terry: Per group, float64 [G], log-odds scores of mean 0; NaN for a candidate
-            without a judged opponent.
+            without any. A pair of low label mass judges nobody, as in `PairVerdicts.reward`.
+        bradley_terry: Per group, float64 [G], log-odds scores of mean 0 from the same pairs; NaN
+            for a candidate without a judged opponent.
         ranking: Per group, int64 [G], candidates from best to worst.
         pairs: The verdicts behind them.
         pair_index: Per pair: (group, i, j) with candidate i as A and j as B.
@@ -108,6 +108,8 @@ def group_verdicts(
         if pairs.status[place] == "error":
             continue
         score[group][i, j], score[group][j, i] = pairs.score[place], -pairs.score[place]
+        if pairs.status[place] == "low_label_mass":
+            continue
         p = pairs.probability[place]
         odds[group][i, j], odds[group][j, i] = p, 1.0 - p
         won = int(pairs.winner_code[place])

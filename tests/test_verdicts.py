@@ -327,6 +327,20 @@ def test_a_failed_pair_leaves_the_group_ranked():
     assert lone.ranking[0].tolist() == [0, 1]
 
 
+def test_a_pair_of_low_label_mass_judges_nobody():
+    mass = [[0.1], [0.9], [0.9]]
+    g = all_pairs([[5.0, 1.0, 0.0]], label_mass_ab=mass)
+    assert g.pairs.status == ("low_label_mass", "ok", "ok")
+    assert g.winner_code[0].tolist() == [[0, NO_WINNER, 1], [NO_WINNER, 0, 1], [-1, -1, 0]]
+    assert g.win_rate[0].tolist() == [1.0, 1.0, 0.0]
+    # Z itself stays to be looked at; the strengths are those of the two usable pairs.
+    assert g.score[0][0, 1] == 4.0
+    failed = all_pairs([[5.0, 1.0, 0.0]], errors=["boom", None, None])
+    np.testing.assert_array_equal(g.bradley_terry[0], failed.bradley_terry[0])
+    weak = all_pairs([[2.0, 1.0]], label_mass_ab=[[0.0]])
+    assert np.isnan(weak.win_rate[0]).all()
+
+
 @pytest.mark.parametrize("index", [[(0, 0, 0)], [(0, 0, 2)], [(1, 0, 1)], []])
 def test_bad_group_indices(index):
     with pytest.raises(VerdictError, match="pair_index"):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from arr_fast import __version__
-from arr_fast.cli import benching, demo, info, judging, rubric, verify
+from arr_fast.cli import benching, dataset, demo, info, judging, rubric, verify
 from arr_fast.cli.kernels import kernels_app
 from arr_fast.data import cli as data_cli
 from arr_fast.evals import cli as evals_cli
@@ -45,6 +45,7 @@ app.command("rank")(judging.rank)
 app.command("verify")(verify.verify)
 app.command("eval")(evals_cli.evaluate)
 app.command("info")(info.info)
+app.command("judge-dataset")(dataset.judge_dataset)
 app.command("serve")(serve_cli.serve)
 app.add_typer(benching.app, name="bench")
 app.add_typer(data_cli.app, name="data")

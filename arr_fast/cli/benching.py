@@ -8,14 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from arr_fast.cli import options as opt
-from arr_fast.cli.options import console
+from arr_fast.cli.options import console, err_console
 
 app = typer.Typer(no_args_is_help=True, help="Measure engines side by side, gated on agreement.")
-
-
-@app.callback()
-def _bench() -> None:
-    """Keeps `judge` a command of its own, however many there are."""
 
 
 @app.command("judge")
@@ -64,5 +59,44 @@ def judge(
             png=png,
             say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
+        if result.exit_code:
+            raise typer.Exit(result.exit_code)
+
+
+@app.command("serve")
+def serve(
+    model: Annotated[
+        str, typer.Option(help="Loaded twice: by the server, and in process to compare with.")
+    ] = "random:qwen3_vl-tiny",
+    clients: Annotated[int, typer.Option(min=2, help="Clients at once.")] = 64,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, help="Of the crowd; one client alone gets a quarter of it.")
+    ] = 120.0,
+    malformed: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of requests.")] = 0.05,
+    leaving: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Share of requests whose client leaves.")
+    ] = 0.05,
+    max_queue: Annotated[int, typer.Option(min=1, help="Bound of the server's queue.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Of requests and choices.")] = 0,
+    json_path: opt.JsonPath = None,
+) -> None:
+    """Load a server of its own and hold it to its promises. Exit 1 if one is broken."""
+    with opt.one_line_errors():
+        opt.quiet_libraries()
+        from arr_fast.bench.serve import Load, run_serve_bench, table_of
+
+        load = Load(
+            model=model,
+            clients=clients,
+            seconds=seconds,
+            malformed=malformed,
+            leaving=leaving,
+            max_queue=max_queue,
+            seed=seed,
+        )
+        result = run_serve_bench(load, json_path=json_path, say=err_console.print)
+        console.print(table_of(result))
+        for problem in result.problems:
+            console.print(problem, markup=False, highlight=False, soft_wrap=True)
         if result.exit_code:
             raise typer.Exit(result.exit_code)

@@ -35,7 +35,9 @@ def demo(
         from arr_fast.rubric import Rubric
 
         items = demo_items()
-        judge = opt.load_judge(model, device=device, impl=impl, dtype="float32")
+        judge = opt.load_judge(
+            opt.JudgeChoice(model=model, device=device, impl=impl, dtype="float32")
+        )
         results = []
         for rubric_name, part in (
             ("shapes", [item for item in items if item.source is None]),

@@ -31,6 +31,7 @@ LabelMass = Annotated[
 SCHEMA = 1
 
 
+@opt.takes_judge
 def compare(
     items: Items = None,
     prompt: Prompt = None,
@@ -44,13 +45,7 @@ def compare(
         str | None, typer.Option(help="Rule from verdicts to a winner; see the README.")
     ] = None,
     label_mass: LabelMass = False,
-    model: opt.Model = opt.BUILTIN,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    impl: opt.Impl = "auto",
-    quantization: opt.Quantization = "none",
+    choice: opt.JudgeChoice = opt.DEFAULT_JUDGE,
     batch_size: opt.BatchSize = 16,
     json_path: opt.JsonPath = None,
     out: opt.OutPath = None,
@@ -62,15 +57,7 @@ def compare(
         rule = _rule(aggregation, mode)
         pictures = [path for path in (a, b) if path is not None]
         work = _work(items, prompt, pictures, source, 2, "--prompt, --a and --b")
-        judge = opt.load_judge(
-            model,
-            revision=revision,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            impl=impl,
-            quantization=quantization,
-        )
+        judge = opt.load_judge(choice)
 
         def judge_batch(batch: list[Prepared]) -> list[dict[str, Any]]:
             verdicts = judge.compare(
@@ -112,13 +99,14 @@ def compare(
             judge_batch,
             show_compare,
             settings=settings,
-            rubric_of=opt.RubricBook(rubric, model),
+            rubric_of=opt.RubricBook(rubric, choice.model),
             batch_size=batch_size,
             out=out,
             json_path=json_path,
         )
 
 
+@opt.takes_judge
 def score(
     items: Items = None,
     prompt: Prompt = None,
@@ -126,13 +114,7 @@ def score(
     source: Source = None,
     rubric: opt.RubricName = None,
     label_mass: LabelMass = False,
-    model: opt.Model = opt.BUILTIN,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    impl: opt.Impl = "auto",
-    quantization: opt.Quantization = "none",
+    choice: opt.JudgeChoice = opt.DEFAULT_JUDGE,
     batch_size: opt.BatchSize = 16,
     json_path: opt.JsonPath = None,
     out: opt.OutPath = None,
@@ -143,15 +125,7 @@ def score(
     with opt.one_line_errors():
         pictures = [image] if image is not None else []
         work = _work(items, prompt, pictures, source, 1, "--prompt and --image")
-        judge = opt.load_judge(
-            model,
-            revision=revision,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            impl=impl,
-            quantization=quantization,
-        )
+        judge = opt.load_judge(choice)
 
         def judge_batch(batch: list[Prepared]) -> list[dict[str, Any]]:
             verdicts = judge.score(
@@ -172,13 +146,14 @@ def score(
             judge_batch,
             show_score,
             settings=settings,
-            rubric_of=opt.RubricBook(rubric, model),
+            rubric_of=opt.RubricBook(rubric, choice.model),
             batch_size=batch_size,
             out=out,
             json_path=json_path,
         )
 
 
+@opt.takes_judge
 def rank(
     images: Annotated[
         list[str], typer.Argument(help="Two or more images; or one .jsonl or .json file of items.")
@@ -189,13 +164,7 @@ def rank(
     orders: opt.Orders = "both",
     mode: opt.Mode = "criteria",
     aggregation: Annotated[str | None, typer.Option(help="As in compare.")] = None,
-    model: opt.Model = opt.BUILTIN,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    impl: opt.Impl = "auto",
-    quantization: opt.Quantization = "none",
+    choice: opt.JudgeChoice = opt.DEFAULT_JUDGE,
     batch_size: opt.BatchSize = 4,
     json_path: opt.JsonPath = None,
     out: opt.OutPath = None,
@@ -209,15 +178,7 @@ def rank(
         items = Path(images[0]) if is_file else None
         pictures = [] if is_file else images
         work = _work(items, prompt, pictures, source, None, "--prompt and two or more images")
-        judge = opt.load_judge(
-            model,
-            revision=revision,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            impl=impl,
-            quantization=quantization,
-        )
+        judge = opt.load_judge(choice)
 
         def judge_batch(batch: list[Prepared]) -> list[dict[str, Any]]:
             groups = judge.rank(
@@ -246,7 +207,7 @@ def rank(
             judge_batch,
             show_rank,
             settings=settings,
-            rubric_of=opt.RubricBook(rubric, model),
+            rubric_of=opt.RubricBook(rubric, choice.model),
             batch_size=batch_size,
             out=out,
             json_path=json_path,

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from arr_fast.errors import ArrFastError
+from arr_fast.rubric_book import BUILTIN, RubricBook
 
 if TYPE_CHECKING:
-    from arr_fast.data.items import InputItem
     from arr_fast.judge import Judge
-    from arr_fast.rubric import Rubric
+
+__all__ = ["BUILTIN", "RubricBook"]
 
 OrdersChoice = Literal["both", "AB", "BA"]
 ModeChoice = Literal["criteria", "holistic", "both"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationChoice = Literal["none", "int8", "fp8"]
-
-BUILTIN = "builtin:shapes"
 
 Model = Annotated[str, typer.Option(help="builtin:shapes, a directory, or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
@@ -72,67 +75,61 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def load_judge(
-    model: str,
-    *,
-    revision: str | None = None,
-    adapter: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    impl: str = "auto",
-    quantization: str = "none",
-) -> Judge:
-    """Loads a judge by command-line options."""
-    with err_console.status(f"loading {model}"):
+@dataclass(frozen=True, slots=True)
+class JudgeChoice:
+    """Which judge a command loads: the options that `takes_judge` adds to it."""
+
+    model: Model = BUILTIN
+    revision: Revision = None
+    adapter: Adapter = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    impl: Impl = "auto"
+    quantization: Quantization = "none"
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `Judge.from_pretrained`."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.quantization == "none":
+            del named["quantization"]
+        return named
+
+
+DEFAULT_JUDGE = JudgeChoice()
+
+
+def takes_judge(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command one option per field of `JudgeChoice`, in place of its argument of that type.
+
+    Typer reads a command's signature, so the signature is what is rewritten.
+    """
+    declared = list(inspect.signature(command, eval_str=True).parameters.values())
+    (chosen,) = [p.name for p in declared if p.annotation is JudgeChoice]
+    hints = get_type_hints(JudgeChoice, include_extras=True)
+    fields = [
+        inspect.Parameter(f.name, f.kind, default=f.default, annotation=hints[f.name])
+        for f in inspect.signature(JudgeChoice).parameters.values()
+    ]
+    shown = [p for each in declared for p in (fields if each.name == chosen else [each])]
+
+    @functools.wraps(command)
+    def with_judge(**given: Any) -> None:
+        loading = {field.name: given.pop(field.name) for field in fields}
+        command(**given, **{chosen: JudgeChoice(**loading)})
+
+    signature = inspect.Signature(
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown], return_annotation=None
+    )
+    # Typer looks at both.
+    with_judge.__signature__ = signature  # type: ignore[attr-defined]
+    with_judge.__annotations__ = {p.name: p.annotation for p in shown}
+    return with_judge
+
+
+def load_judge(choice: JudgeChoice) -> Judge:
+    """Loads the judge that a command's options name."""
+    with err_console.status(f"loading {choice.model}"):
         quiet_libraries()
         from arr_fast.judge import Judge
 
-        options: dict[str, Any] = {} if quantization == "none" else {"quantization": quantization}
-        return Judge.from_pretrained(
-            model,
-            revision=revision,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            impl=impl,
-            **options,
-        )
-
-
-class RubricBook:
-    """Finds the rubric of an item: its own, the command's, or the default for model and task."""
-
-    def __init__(self, chosen: str | None, model: str) -> None:
-        self._chosen = chosen
-        self._prefix = "shapes" if model == BUILTIN else ""
-        self._loaded: dict[tuple[str, str], Rubric] = {}
-
-    def __call__(self, item: InputItem) -> Rubric:
-        """Returns the rubric of an item.
-
-        Raises:
-            RubricError: if it is missing, malformed or for the other task.
-        """
-        from arr_fast.errors import RubricError
-        from arr_fast.rubric import Rubric
-
-        task: Literal["t2i", "edit"] = "t2i" if item.source is None else "edit"
-        name = item.rubric or self._chosen or self._default(task)
-        key = (name, task)
-        if key not in self._loaded:
-            if name in Rubric.builtin_names():
-                rubric = Rubric.builtin(name)
-            elif Path(name).suffix:
-                rubric = Rubric.load(name, task=task if name.endswith((".txt", ".md")) else None)
-            else:
-                rubric = Rubric.builtin(name)
-            if rubric.task != task:
-                needs = "a source image" if rubric.task == "edit" else "no source image"
-                raise RubricError(f"{item.name}: rubric {name!r} needs {needs}")
-            self._loaded[key] = rubric
-        return self._loaded[key]
-
-    def _default(self, task: str) -> str:
-        if not self._prefix:
-            return task
-        return self._prefix if task == "t2i" else f"{self._prefix}_edit"
+        return Judge.from_pretrained(**choice.arguments())

@@ -54,7 +54,14 @@ def verify(
             raise ItemError(f"--dtype {dtype} has no bound of its own; give --tolerance")
         pairs = _pairs(items)
         judge = opt.load_judge(
-            model, revision=revision, adapter=adapter, dtype=dtype, device=device, impl=impl
+            opt.JudgeChoice(
+                model=model,
+                revision=revision,
+                adapter=adapter,
+                dtype=dtype,
+                device=device,
+                impl=impl,
+            )
         )
         traces = _sample(_traces(judge, pairs, opt.RubricBook(rubric, model), n), n)
         rows, excluded = _replay(judge, traces, revision, adapter, bound)

@@ -51,11 +51,11 @@ class _Request:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@opt.takes_judge
 def evaluate(
     data: Annotated[
         str, typer.Argument(metavar="PAIRS", help="Labelled data of any format, or easy-vqa:test.")
     ],
-    model: opt.Model = opt.BUILTIN,
     rubric: opt.RubricName = None,
     format_name: Annotated[
         str | None, typer.Option("--format", help="Data format; recognised by default.")
@@ -81,12 +81,7 @@ def evaluate(
     min_accuracy: Annotated[
         float | None, typer.Option(help="Exit 1 if the last form's mean accuracy is lower.")
     ] = None,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    impl: opt.Impl = "auto",
-    quantization: opt.Quantization = "none",
+    choice: opt.JudgeChoice = opt.DEFAULT_JUDGE,
     batch_size: opt.BatchSize = 16,
     out: opt.OutPath = None,
     json_path: opt.JsonPath = None,
@@ -108,15 +103,7 @@ def evaluate(
         records = list(islice(read_records(data, format_name), limit))
         if not records:
             raise ItemError(f"{data}: holds no items")
-        judge = opt.load_judge(
-            model,
-            revision=revision,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            impl=impl,
-            quantization=quantization,
-        )
+        judge = opt.load_judge(choice)
         loaded = judge.engine.loaded
         request.settings = {
             "data": data,
@@ -127,7 +114,7 @@ def evaluate(
             "seed": seed,
             "resamples": resamples,
         }
-        book = opt.RubricBook(rubric, model)
+        book = opt.RubricBook(rubric, choice.model)
         if all(record.kind == "point" for record in records):
             _points(judge, records, book, request)
         else:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arr_fast.errors import VerdictError
-from arr_fast.integrations.groups import fill_abstentions, group_rewards
+from arr_fast.integrations.groups import fill_abstentions, group_keys, group_rewards
 from arr_fast.integrations.loading import judge_from, load_rubric
 
 
@@ -89,7 +89,7 @@ class ArrFastReward:
             self._judge, prompt, image, sources=sources, rubric=self._rubric, reward=self._reward
         )
         return _output(
-            fill_abstentions(rewards, list(prompt), neutral=0.0),
+            fill_abstentions(rewards, group_keys(prompt, sources), neutral=0.0),
             {"abstentions": sum(reward is None for reward in rewards)},
         )
 

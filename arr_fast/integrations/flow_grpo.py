@@ -10,9 +10,11 @@ flow_grpo knows its rewards by a table inside `multi_score`; the one way in with
 A reward is made by a plain function that takes `device` (flow_grpo looks for that name in the
 function's code) and is called as `fn(images, prompts, metadata)` with images as a float tensor
 [N, C, H, W] in [0, 1] or uint8 [N, H, W, C]; it returns `(scores, {})`, N numbers. flow_grpo
-spreads the images of a prompt over its ranks: with a group of one the pairwise reward refuses to
-run (use gather, or a sampler that keeps groups together); `pointwise=True` scores images alone.
-An abstention gets the mean of its group, since a sentinel of -10 would be trained on.
+spreads the images of a prompt over its ranks: under torch.distributed they are gathered by prompt
+(see distributed.py), and a group of one in the whole job is refused, never paired with another
+prompt's. `pointwise=True` scores images alone, which is also what flow_grpo's evaluation needs: it
+draws one image per prompt. An abstention gets the mean of its group, since a sentinel of -10 would
+be trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from arr_fast.integrations.groups import fill_abstentions, group_rewards
+from arr_fast.integrations.distributed import GroupGather
+from arr_fast.integrations.groups import fill_abstentions, group_keys
 from arr_fast.integrations.loading import judge_from, load_rubric
 
 Scores = tuple[list[float], dict[str, Any]]
@@ -33,7 +36,8 @@ def arr_fast_score(device: Any, **options: Any) -> Callable[..., Scores]:
     Args:
         device: Where to load the judge.
         **options: `model` or `judge`, `rubric`, `reward` (see `group_rewards`), `pointwise`, and
-            arguments of `Judge.from_pretrained`.
+            arguments of `Judge.from_pretrained`. All ranks must make their reward together: it
+            opens a process group of its own.
 
     Returns:
         `fn(images, prompts, metadata, ref_images=None, only_strict=True) -> (scores, {})`.
@@ -41,6 +45,7 @@ def arr_fast_score(device: Any, **options: Any) -> Callable[..., Scores]:
     rubric = load_rubric(options.pop("rubric", None))
     reward = options.pop("reward", "win_rate")
     pointwise = bool(options.pop("pointwise", False))
+    gather = None if pointwise else GroupGather()
     judge = judge_from(options, device=str(device))
 
     def fn(
@@ -51,18 +56,15 @@ def arr_fast_score(device: Any, **options: Any) -> Callable[..., Scores]:
         only_strict: bool = True,
     ) -> Scores:
         del metadata, only_strict
-        rewards: list[float | None]
-        if pointwise:
-            verdicts = judge.score(prompts, images, rubric, sources=ref_images)
-            rewards = [
-                float(s) if status == "ok" else None
-                for s, status in zip(verdicts.score, verdicts.status, strict=True)
-            ]
-        else:
-            rewards = group_rewards(
-                judge, prompts, images, sources=ref_images, rubric=rubric, reward=reward
-            )
-        return fill_abstentions(rewards, list(prompts), neutral=0.0), {}
+        if gather is not None:
+            options = {"sources": ref_images, "rubric": rubric, "reward": reward}
+            return gather.filled_rewards(judge, prompts, images, **options), {}
+        verdicts = judge.score(prompts, images, rubric, sources=ref_images)
+        scores = [
+            float(s) if status == "ok" else None
+            for s, status in zip(verdicts.score, verdicts.status, strict=True)
+        ]
+        return fill_abstentions(scores, group_keys(prompts, ref_images), neutral=0.0), {}
 
     return fn
 

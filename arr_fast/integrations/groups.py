@@ -68,7 +68,7 @@ def group_rewards(
         raise VerdictError(f"reward must be one of {', '.join(REWARDS)}, got {reward!r}")
     if len(prompts) != len(images):
         raise VerdictError(f"images has {len(images)} items, prompts has {len(prompts)}")
-    groups = places_by_key(list(_prompt_keys(prompts, sources) if keys is None else keys))
+    groups = places_by_key(group_keys(prompts, sources) if keys is None else keys)
     for key, places in groups.items():
         if len(places) < 2:
             raise VerdictError(
@@ -92,10 +92,23 @@ def group_rewards(
     return rewards
 
 
-def _prompt_keys(prompts: Sequence[str], sources: Sequence[Any] | None) -> list[Hashable]:
-    """Prompts; for edits with their source, as one instruction may serve many sources."""
+def group_keys(prompts: Sequence[str], sources: Sequence[Any] | None = None) -> list[Hashable]:
+    """What makes a group: the prompt, and for edits the source image with it.
+
+    One instruction may serve many sources; their results are no rivals.
+
+    Args:
+        prompts: N captions or instructions.
+        sources: N source images of edits, or None.
+
+    Raises:
+        VerdictError: Lists of different lengths.
+        BadImageError: A source cannot be read.
+    """
     if sources is None:
         return list(prompts)
+    if len(sources) != len(prompts):
+        raise VerdictError(f"sources has {len(sources)} items, prompts has {len(prompts)}")
     hashes = [to_image(s, name=f"sources[{n}]").content_hash for n, s in enumerate(sources)]
     return list(zip(prompts, hashes, strict=True))
 

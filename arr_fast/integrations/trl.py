@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from arr_fast.integrations.distributed import GroupGather
 from arr_fast.integrations.groups import RewardName, group_rewards
 
 ImageOf = Callable[[Any, dict[str, Any]], Any]
@@ -25,6 +26,7 @@ def sync_reward(
     rubric: Any = None,
     reward: RewardName = "win_rate",
     group_column: str | None = None,
+    gather: bool = False,
 ) -> Callable[..., list[float | None]]:
     """A reward function for `reward_funcs`.
 
@@ -34,7 +36,10 @@ def sync_reward(
         rubric: See `Judge.compare`.
         reward: See `group_rewards`.
         group_column: Dataset column that tells groups apart; by default the prompt does.
+        gather: True where a group may straddle ranks, because the batch of a device is no multiple
+            of num_generations; then every rank must call the reward (AsyncGRPO's workers do not).
     """
+    gathers: list[GroupGather] = []
 
     def arr_fast_reward(
         prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -46,7 +51,13 @@ def sync_reward(
         ]
         images = [image_of(c, row) for c, row in zip(completions, rows, strict=True)]
         keys = texts if group_column is None else [row[group_column] for row in rows]
-        return group_rewards(judge, texts, images, keys=keys, rubric=rubric, reward=reward)
+        options: dict[str, Any] = {"keys": keys, "rubric": rubric, "reward": reward}
+        if not gather:
+            return group_rewards(judge, texts, images, **options)
+        if not gathers:
+            # Rewards are often made before the trainer has joined its process group.
+            gathers.append(GroupGather())
+        return gathers[0].rewards(judge, texts, images, **options)
 
     return arr_fast_reward
 

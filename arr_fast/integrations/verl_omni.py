@@ -12,8 +12,8 @@ as a metric.
     +reward.reward_functions.arr.group_size=8
     +reward.reward_functions.arr.model=Qwen/Qwen3-VL-8B-Instruct
 
-The rendezvous is inside one process and one event loop: a group that is spread over reward workers
-times out and abstains.
+The rendezvous is inside one process and one event loop. A group that is spread over reward workers
+meets in a Ray actor instead: arr_fast.integrations.verl_omni_ray, with the same arguments.
 """
 
 from __future__ import annotations
@@ -29,16 +29,27 @@ from arr_fast.integrations.loading import judge_from, load_rubric
 
 logger = logging.getLogger("arr_fast.integrations")
 
+# verl-omni passes keys of its own as well (reward_router_address, model_name, ...).
+_JUDGE = ("judge", "model", "device", "dtype", "revision", "adapter", "impl", "quantization")
+FORWARDED = (*_JUDGE, "rubric", "reward")
+
 
 @dataclass(eq=False)
 class _Meeting:
-    """The samples of one uid that have come so far."""
+    """The samples of one uid that have come so far.
+
+    Attributes:
+        prompt: What all of them were made for.
+        images: Their images, in order of arrival.
+        over: Set when nobody else is waited for.
+        rewards: The judging of a full group, a task of its own: a caller that is cancelled must
+            not take the others with it. None where the group did not come together.
+    """
 
     prompt: str
     images: list[Any] = field(default_factory=list)
-    result: asyncio.Future[list[float | None]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    rewards: asyncio.Task[list[float | None]] | None = None
 
 
 _meetings: dict[tuple[asyncio.AbstractEventLoop, str], _Meeting] = {}
@@ -65,7 +76,7 @@ async def compute_score(
         ground_truth: The prompt.
         extra_info: Holds `uid`, the group's id.
         group_size: Samples of a group, at least 2.
-        timeout_s: How long the first sample waits for the last.
+        timeout_s: How long the first sample waits for the last; judging is not counted.
         neutral: Score of an abstention in a group without any verdict.
         rubric, reward: See `group_rewards`.
         **judge_options: `model` or `judge`, and arguments of `Judge.from_pretrained`; keys that
@@ -78,38 +89,49 @@ async def compute_score(
     uid = extra_info.get("uid")
     if uid is None or group_size < 2:
         raise VerdictError("extra_info needs a uid and group_size must be 2 or more")
-    loop = asyncio.get_running_loop()
-    key = (loop, str(uid))
+    key = (asyncio.get_running_loop(), str(uid))
     meeting = _meetings.setdefault(key, _Meeting(ground_truth))
     if meeting.prompt != ground_truth:
         raise VerdictError(f"uid {uid!r} holds different prompts")
     place = len(meeting.images)
     meeting.images.append(solution_image)
     if len(meeting.images) == group_size:
-        del _meetings[key]
-        judge = judge_from(
-            {n: v for n, v in judge_options.items() if n in ("judge", "model", "device", "dtype")}
-        )
-        try:
-            rewards = await asyncio.to_thread(
-                group_rewards,
-                judge,
-                [ground_truth] * group_size,
-                meeting.images,
-                rubric=load_rubric(rubric),
-                reward=reward,
-            )
-        except Exception as error:
-            meeting.result.set_exception(error)
-        else:
-            meeting.result.set_result(rewards)
+        meeting.rewards = asyncio.create_task(_judged(meeting, rubric, reward, judge_options))
+        _end(key, meeting)
     try:
-        rewards = await asyncio.wait_for(asyncio.shield(meeting.result), timeout_s)
+        await asyncio.wait_for(meeting.over.wait(), timeout_s)
     except TimeoutError:
-        # A latecomer of this uid starts a meeting of its own, and times out alone.
-        if _meetings.get(key) is meeting:
-            del _meetings[key]
         logger.warning("uid %s: %d of %d came in time", uid, len(meeting.images), group_size)
-        return {"score": neutral, "abstained": 1.0}
+        # All that wait abstain now; a latecomer of this uid starts a meeting of its own.
+        _end(key, meeting)
+    if meeting.rewards is None:
+        return abstention(neutral)
+    rewards = await asyncio.shield(meeting.rewards)
     filled = fill_abstentions(rewards, [uid] * len(rewards), neutral=neutral)
     return {"score": filled[place], "abstained": float(rewards[place] is None)}
+
+
+def abstention(neutral: float) -> dict[str, float]:
+    """What verl-omni gets for a sample without a verdict: it takes nothing but numbers."""
+    return {"score": neutral, "abstained": 1.0}
+
+
+def _end(key: tuple[asyncio.AbstractEventLoop, str], meeting: _Meeting) -> None:
+    if _meetings.get(key) is meeting:
+        del _meetings[key]
+    meeting.over.set()
+
+
+async def _judged(
+    meeting: _Meeting, rubric: Any, reward: Any, options: dict[str, Any]
+) -> list[float | None]:
+    """Rewards of a full group; the judge works in a thread beside the event loop."""
+    judge = await asyncio.to_thread(judge_from, {n: options[n] for n in _JUDGE if n in options})
+    return await asyncio.to_thread(
+        group_rewards,
+        judge,
+        [meeting.prompt] * len(meeting.images),
+        meeting.images,
+        rubric=load_rubric(rubric),
+        reward=reward,
+    )

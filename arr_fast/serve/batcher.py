@@ -147,7 +147,14 @@ class Batcher:
             if batch is None:
                 return
             if batch:
-                self._run(batch)
+                try:
+                    self._run(batch)
+                except Exception as error:
+                    # The thread serves everyone: it must outlive a fault of its own.
+                    logger.exception("a batch of %d requests was lost", len(batch))
+                    for ticket in batch:
+                        if not ticket.future.done():
+                            ticket.future.set_exception(error)
 
     def _next_batch(self) -> list[Ticket] | None:
         """Waits for work; None when drained."""

@@ -119,17 +119,7 @@ class CompareCall:
             sources=_joined_sources(calls),
             **self.options.arguments(),
         )
-        whole = verdicts.to_json()
-        results: list[Any] = []
-        for call, begin in _spans(calls):
-            results.append(
-                {
-                    **whole,
-                    "provenance": _provenance(verdicts.provenance, call.rubrics),
-                    "pairs": whole["pairs"][begin : begin + call.items],
-                }
-            )
-        return results
+        return _shares(verdicts, calls, "pairs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +161,7 @@ class ScoreCall:
             label_mass=self.label_mass,
             label_mass_threshold=self.label_mass_threshold,
         )
-        whole = verdicts.to_json()
-        results: list[Any] = []
-        for call, begin in _spans(calls):
-            results.append(
-                {
-                    **whole,
-                    "provenance": _provenance(verdicts.provenance, call.rubrics),
-                    "images": whole["images"][begin : begin + call.items],
-                }
-            )
-        return results
+        return _shares(verdicts, calls, "images")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,17 +207,7 @@ class RankCall:
             sources=_joined_sources(calls),
             **self.options.arguments(),
         )
-        whole = verdicts.to_json()
-        results: list[Any] = []
-        for call, begin in _spans(calls):
-            results.append(
-                {
-                    **whole,
-                    "provenance": _provenance(verdicts.provenance, call.rubrics),
-                    "groups": whole["groups"][begin : begin + call.items],
-                }
-            )
-        return results
+        return _shares(verdicts, calls, "groups")
 
 
 def estimate_tokens(
@@ -268,13 +238,22 @@ def _joined_sources(calls: Sequence[Any]) -> list[Any] | None:
     return None if calls[0].sources is None else _joined(calls, "sources")
 
 
-def _spans(calls: Sequence[Any]) -> list[tuple[Any, int]]:
-    """Each call with the place of its first item."""
-    spans, begin = [], 0
+def _shares(verdicts: Any, calls: Sequence[Any], items: str) -> list[Any]:
+    """Each call's own part of shared verdicts, as the answer that it would have got alone.
+
+    Args:
+        verdicts: Of all calls, in their order.
+        calls: The calls.
+        items: Name of the list in the answer: "pairs", "images" or "groups".
+    """
+    whole = verdicts.to_json()
+    answers, begin = [], 0
     for call in calls:
-        spans.append((call, begin))
+        own = {items: whole[items][begin : begin + call.items]}
+        provenance = _provenance(verdicts.provenance, call.rubrics)
+        answers.append({**whole, "provenance": provenance, **own})
         begin += call.items
-    return spans
+    return answers
 
 
 def _provenance(shared: Provenance, rubrics: Sequence[Rubric]) -> dict[str, Any]:

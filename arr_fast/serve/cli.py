@@ -17,8 +17,9 @@ RewardModeChoice = Literal["point", "group"]
 ENVIRONMENT_TOKEN = "ARR_FAST_TOKEN"
 
 
+@opt.takes_judge
 def serve(
-    model: opt.Model = opt.BUILTIN,
+    choice: opt.JudgeChoice = opt.DEFAULT_JUDGE,
     rubric: opt.RubricName = None,
     host: Annotated[str, typer.Option(help="Address; loopback unless told otherwise.")] = (
         "127.0.0.1"
@@ -52,12 +53,20 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that accepted requests get after SIGTERM.")
     ] = 60.0,
-    revision: opt.Revision = None,
-    adapter: opt.Adapter = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    impl: opt.Impl = "auto",
-    quantization: opt.Quantization = "none",
+    ray: Annotated[bool, typer.Option("--ray", help="Replicas behind Ray Serve.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: replicas, or the least.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: scale up to this many with the load.")
+    ] = None,
+    gpus_per_replica: Annotated[
+        float | None, typer.Option(min=0.0, help="With --ray: 0.5 shares a GPU; default 1 or 0.")
+    ] = None,
+    cpus_per_replica: Annotated[
+        float, typer.Option(min=0.0, help="With --ray: cores that Ray reserves.")
+    ] = 1.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="With --ray: a running cluster; default: one of our own.")
+    ] = None,
 ) -> None:
     """Serve a judge over HTTP; API documentation at /docs."""
     with opt.one_line_errors():
@@ -87,16 +96,25 @@ def serve(
             **{name: value for name, value in given.items() if value is not None},
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        judge = opt.load_judge(
-            model,
-            revision=revision,
-            adapter=adapter,
-            dtype=dtype,
-            device=device,
-            impl=impl,
-            quantization=quantization,
-        )
-        err_console.print(f"serving [bold]{escape(model)}[/] at http://{host}:{port} (docs: /docs)")
+
+        def announce() -> None:
+            where = f"[bold]{escape(choice.model)}[/] at http://{host}:{port}"
+            err_console.print(f"serving {where} (docs: /docs)")
+
+        if ray:
+            from arr_fast.serve import ray_serve
+
+            scale = ray_serve.RayScale(
+                replicas=replicas,
+                max_replicas=max_replicas,
+                gpus=gpus_per_replica,
+                cpus=cpus_per_replica,
+                address=ray_address,
+            )
+            ray_serve.run(choice.arguments(), settings, scale, announce)
+            return
+        judge = opt.load_judge(choice)
+        announce()
         make_server(judge, settings).run()
 
 

@@ -4,8 +4,10 @@
         answer = client.compare(["a red cube"], ["a.png"], ["b.png"])
 
 A client asks /ready when it is made and raises at once if nobody answers: a training run should
-stop at its start, not sit in retries. Later requests are retried a bounded number of times, and
-only where nothing was judged (no connection, 429, 502, 503, 504).
+stop at its start, not sit in retries. Later requests are retried a bounded number of times, where
+another try may help: no connection, 429, 502, 503, 504, and a 500 that the judge server did not
+write itself (a proxy's, whose replica died). Judging has no side effects, so a request that was
+judged and lost on its way back may be judged again; the caller sees one answer.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ class _Attempts:
         if response is not None and response.status_code == 200:
             return None
         late = time.monotonic() - self._started > self._policy.total_s
-        may_retry = response is None or response.status_code in RETRIED
+        may_retry = response is None or response.status_code in RETRIED or _is_foreign(response)
         if not may_retry or late or self._done >= self._policy.retries:
             tries = f" after {self._done + 1} tries" if self._done else ""
             if response is None:
@@ -363,6 +365,16 @@ def _unreachable(base_url: str, error: httpx.HTTPError) -> JudgeServerError:
     return JudgeServerError(
         f"no judge server at {base_url} ({type(error).__name__}); start one with `arr-fast serve`"
     )
+
+
+def _is_foreign(response: httpx.Response) -> bool:
+    """Whether a 500 is not from the judge server, which would say so in an error object."""
+    if response.status_code != 500:
+        return False
+    try:
+        return "error" not in response.json()
+    except (ValueError, TypeError):
+        return True
 
 
 def _message(response: httpx.Response) -> str:

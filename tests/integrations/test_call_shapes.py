@@ -21,6 +21,8 @@ from arr_fast.integrations.openjudge import ArrFastPairwiseJudge
 from arr_fast.integrations.trl import async_reward, sync_reward
 from arr_fast.judge import Judge
 from tests.engine import scenes
+from tests.integrations.rankers import BrightnessRanker
+from tests.integrations.ranks import grey
 
 MODEL = "random:qwen3_vl-tiny[layers=2,vision_depth=2,deepstack=0]"
 RUBRIC = scenes.rubric(2)
@@ -61,7 +63,7 @@ def test_flow_grpo(judge, expected):
     assert scores == expected and info == {}
     nhwc = (batch().permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     assert fn(nhwc, tuple(PROMPTS), [{}] * 4)[0] == expected
-    with pytest.raises(VerdictError, match="whole group"):
+    with pytest.raises(VerdictError, match="1 image on all 1 ranks"):
         fn(batch(3), ["a", "b", "a"], [{}] * 3)
     point = arr_fast_score("cpu", judge=judge, rubric=RUBRIC, pointwise=True)
     np.testing.assert_allclose(
@@ -114,6 +116,22 @@ def test_flow_factory(judge):
         model(prompt=["a"] * 3, video=[images])
 
 
+@pytest.mark.parametrize("loop", ["flow_grpo", "flow_factory"])
+def test_an_edit_without_verdict_gets_the_mean_of_its_own_source(loop):
+    # One instruction, two sources: the second source's group is the one with an abstention.
+    judge, values, sources = BrightnessRanker(), [10, 20, 255, 40, 30, 50], [1, 1, 2, 2, 2, 2]
+    images, sources = [grey(v) for v in values], [grey(v) for v in sources]
+    if loop == "flow_grpo":
+        rewards = arr_fast_score("cpu", judge=judge)(images, ["red"] * 6, {}, sources)[0]
+    else:
+        config = SimpleNamespace(extra_kwargs={"judge": judge})
+        model = ArrFastReward(config, SimpleNamespace(device="cpu"))
+        rewards = model(prompt=["red"] * 6, image=images, condition_images=[[s] for s in sources])
+        assert rewards.extra_info == {"abstentions": 1}
+        rewards = rewards.rewards
+    assert rewards == [0.0, 1.0, 0.5, 0.5, 0.0, 1.0]
+
+
 def test_trl_sync_and_async(judge, expected):
     images = pil()
     calls = {
@@ -124,6 +142,8 @@ def test_trl_sync_and_async(judge, expected):
     }
     sync = sync_reward(judge, lambda text, row: images[int(text)], rubric=RUBRIC)
     assert sync(**calls) == expected
+    gathered = sync_reward(judge, lambda text, row: images[int(text)], rubric=RUBRIC, gather=True)
+    assert [gathered(**calls), gathered(**calls)] == [expected] * 2
     future = async_reward(judge, lambda text, row: images[int(text)], rubric=RUBRIC)
     assert inspect.iscoroutinefunction(future)
     assert asyncio.run(future(**calls)) == expected

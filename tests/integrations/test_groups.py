@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from arr_fast.errors import VerdictError
-from arr_fast.integrations.groups import fill_abstentions, group_rewards, places_by_key
-from arr_fast.provenance import Provenance
-from arr_fast.verdicts import GroupVerdicts, group_verdicts, pair_verdicts
+from arr_fast.images import to_image
+from arr_fast.integrations.groups import (
+    fill_abstentions,
+    group_keys,
+    group_rewards,
+    places_by_key,
+)
+from arr_fast.verdicts import GroupVerdicts
+from tests.integrations.rankers import ranked
 
 
 class Ranker:
@@ -21,19 +27,7 @@ class Ranker:
 
     def rank(self, prompts: Any, groups: Any, rubric: Any, **options: Any) -> GroupVerdicts:
         self.calls.append((prompts, groups))
-        odds, index, errors = [], [], []
-        for number, group in enumerate(groups):
-            for i in range(len(group)):
-                for j in range(i + 1, len(group)):
-                    failed = group[i] is None or group[j] is None
-                    odds.append(0.0 if failed else float(group[i] - group[j]))
-                    errors.append("unreadable" if failed else None)
-                    index.append((number, i, j))
-        table = np.array(odds)[:, None]
-        verdicts = pair_verdicts(
-            table, -table, provenance=Provenance("m", "r", (), 1), errors=errors
-        )
-        return group_verdicts(verdicts, index, [len(group) for group in groups])
+        return ranked(groups, lambda value: None if value is None else float(value))
 
 
 def test_groups_are_formed_by_prompt_and_rewards_return_in_order() -> None:
@@ -83,3 +77,13 @@ def test_an_unknown_reward_is_refused() -> None:
 
 def test_places_keep_the_order_of_first_appearance() -> None:
     assert places_by_key(["b", "a", "b"]) == {"b": [0, 2], "a": [1]}
+
+
+def test_edits_are_keyed_by_prompt_and_source_pixels() -> None:
+    grey = np.full((5, 6, 3), 7, np.uint8)
+    sources = [grey, to_image(grey, name="x").to_pil(), grey + 1]
+    first, same, other = group_keys(["x", "x", "x"], sources)
+    assert first == same and first != other
+    assert group_keys(["x", "y"]) == ["x", "y"]
+    with pytest.raises(VerdictError, match="sources has 3 items, prompts has 1"):
+        group_keys(["x"], sources)

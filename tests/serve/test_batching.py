@@ -107,6 +107,25 @@ def test_a_merged_call_that_fails_is_repeated_one_by_one(slow):
     batcher.close(10.0)
 
 
+class ShortCall:
+    """A call that returns fewer results than it was asked for: a fault of ours, not a client's."""
+
+    kind, merge_key, items, tokens = "compare", "short", 1, 1
+
+    def run(self, judge, calls):
+        return []
+
+
+def test_a_fault_of_its_own_costs_a_batch_and_not_the_thread(slow):
+    slow.gate.set()
+    batcher = batcher_of(slow)
+    with pytest.raises(ValueError, match="zip"):
+        batcher.submit(ShortCall(), later()).future.result(30.0)
+    assert batcher.is_alive
+    assert batcher.submit(call(1), later()).future.result(60.0)["pairs"]
+    batcher.close(10.0)
+
+
 def test_the_first_request_waits_only_as_long_as_it_was_told(slow):
     slow.gate.set()
     batcher = batcher_of(slow, max_wait_ms=400.0)

@@ -90,6 +90,8 @@ def scripted(replies):
 
         def answer(self, status, headers):
             body = b'{"error": {"message": "scripted"}}'
+            if "x-proxy" in headers:
+                body = b"Internal Server Error"
             self.send_response(status)
             for name, value in {**headers, "content-length": str(len(body))}.items():
                 self.send_header(name, value)
@@ -119,9 +121,13 @@ IMAGE = scenes.image(8, 8, 1)
         ([(400, {})], 1, 400),
         ([(422, {})], 1, 422),
         ([(500, {})], 1, 500),
+        ([(500, {"x-proxy": "1"}), (200, {})], 2, None),
         ([(0, {})], 3, None),
     ],
-    ids=["429-then-200", "503-cut-200", "429-always", "400", "422", "500", "cut-always"],
+    ids=[
+        *("429-then-200", "503-cut-200", "429-always", "400", "422", "500"),
+        *("500-of-a-proxy-then-200", "cut-always"),
+    ],
 )
 def test_retries_are_bounded_and_only_where_they_help(script, tries, status):
     final = script[-1][0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import socket
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -85,6 +87,24 @@ def test_a_chunked_body_is_cut_off_at_the_limit(strict):
     assert strict.http.get("/ready").status_code == 200
 
 
+def test_an_endless_chunked_body_is_refused_long_before_two_gigabytes(strict):
+    piece = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+    sent, answer = 0, b""
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=10.0) as sock:
+        sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while sent < 2 << 30:
+                sock.sendall(piece)
+                sent += len(piece)
+        # A reset may overtake the answer: the server does not read on to be polite.
+        with contextlib.suppress(OSError):
+            answer = sock.recv(65536)
+    # Beyond the limit of 200 kB lie only the buffers of the sockets.
+    assert sent < 64 << 20
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
+    assert strict.http.get("/ready").status_code == 200
+
+
 def test_a_slow_body_is_refused(strict):
     answer = raw(strict, HEAD + b"Content-Length: 1000\r\n\r\n{")
     assert answer.startswith(b"HTTP/1.1 408")
@@ -151,6 +171,30 @@ def test_a_decompression_bomb_is_refused_by_its_header(strict, size):
     encoded = base64.b64encode(bomb(*size)).decode()
     answer = strict.http.post("/v1/judge/compare", json=compare_body(images_a=[encoded]))
     assert answer.status_code == 400 and "images_a[0]" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
+def test_a_bomb_in_the_metadata_is_not_unpacked(strict, kind):
+    # 64 MiB of zeros, as a comment or colour profile, in a few kB.
+    packed = zlib.compress(b"\0" * (64 << 20), 9)
+    data = {
+        b"zTXt": b"Comment\0\0" + packed,
+        b"iCCP": b"profile\0\0" + packed,
+        b"iTXt": b"Comment\0\1\0\0\0" + packed,
+    }[kind]
+    good = png(scenes.image(8, 8, 1))
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    # After the signature and IHDR.
+    encoded = base64.b64encode(good[:33] + chunk + good[33:]).decode()
+    tracemalloc.start()
+    try:
+        answer = strict.http.post("/v1/judge/compare", json=compare_body(images_a=[encoded]))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Refused, or judged without the metadata; never unpacked.
+    assert answer.status_code in (200, 400)
+    assert peak < 32 << 20
 
 
 def test_image_counts_are_bounded(strict):
