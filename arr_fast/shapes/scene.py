@@ -27,7 +27,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "beige": (225, 200, 165),
     "navy": (20, 30, 95),
 }
-RADII: dict[str, float] = {"small": 0.105, "large": 0.19}
+RADII: dict[str, float] = {"small": 0.12, "large": 0.2}
 
 # One colour and one shape per row and column of the colour-shape table: the model meets every
 # colour and every shape in training, but none of these six together. easy-VQA has none of them.
