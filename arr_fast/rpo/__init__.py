@@ -1,0 +1,1 @@
+"""Rubric Policy Optimization: rollouts, judged pairs, and the compiled training step."""
