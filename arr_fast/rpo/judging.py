@@ -1,4 +1,4 @@
-"""What crosses between RPO and a judge: a request, a judgement, and a callable that returns futures.
+"""What crosses between RPO and a judge: a request, a judgement, and a callable with futures.
 
 RPO imports no judge. Whatever has `submit(request) -> Future[Judgement]` will do: this package's
 `Judge` behind a small adapter, a remote pool, or a Python function in a thread.

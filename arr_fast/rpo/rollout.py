@@ -1,4 +1,4 @@
-"""Rollout: candidates of every prompt in one batch, each chunk judged while the next is sampled.
+"""Types of a rollout: what is sampled, how, and what came back from the judges.
 
 Shapes: P prompts, G candidates per prompt, T steps of the schedule.
 """
@@ -13,38 +13,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from arr_fast.ops.sde_step import StepCoefficients, StepKind
 from arr_fast.rpo.judging import Judgement
-from arr_fast.rpo.policies.base import Conditions
+from arr_fast.rpo.policies.base import Conditions, condition_count
+from arr_fast.rpo.sde import Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutConfig:
-    """How an iteration samples.
+class SamplingConfig:
+    """How trajectories are sampled; the schedule (steps, kind, eta) is a `sde.Schedule`.
 
     Attributes:
-        steps: T, steps of the schedule; the last one returns the clean latents.
-        kind: The kind of step.
-        eta: Its noise level (eta of dance_sde, a of sde and cps).
         candidates: G.
-        chunks: M, chunks of prompts per iteration; while one is judged the next is sampled.
-        train_steps: How many steps of a trajectory are trained (all of the first T - 1: None).
-        train_window: From the first how many steps they are drawn (None: T - 1).
+        train_steps: Steps of a trajectory that are trained; None trains the whole window.
+        train_window: They are drawn from the first so many steps; None: all but the last.
         shared_initial_noise: All candidates of a prompt start from the same noise.
-        normalised: False reproduces flow_grpo's cps log_prob.
+        normalised: False takes flow_grpo's cps log_prob.
         keep_velocity: Keep the rollout's velocities, which GRPO-Guard needs.
-        max_staleness: Policy updates between sampling and training a chunk that are allowed.
-        judge_timeout: Seconds to wait for one chunk's judgement before it counts as failed.
+        max_staleness: Policy updates allowed between sampling and training. Above 0 the first
+            chunk of the next iteration is sampled while the last judgement is awaited.
+        judge_timeout: Seconds to wait for one judgement after sampling before it has failed.
         seed: Of all noise.
-        impl: Of the ops.
+        impl: Of sde_step.
     """
 
-    steps: int = 8
-    kind: StepKind = "sde"
-    eta: float = 0.7
     candidates: int = 2
-    chunks: int = 6
-    train_steps: int | None = 4
+    train_steps: int | None = None
     train_window: int | None = None
     shared_initial_noise: bool = False
     normalised: bool = True
@@ -53,6 +46,31 @@ class RolloutConfig:
     judge_timeout: float = 600.0
     seed: int = 0
     impl: str = "torch"
+
+    def __post_init__(self) -> None:
+        if self.candidates < 2:
+            raise ValueError(f"candidates must be at least 2, got {self.candidates}")
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness must be at least 0, got {self.max_staleness}")
+        if not self.judge_timeout > 0:
+            raise ValueError(f"judge_timeout must be above 0, got {self.judge_timeout}")
+
+    def trained(self, steps: int) -> tuple[int, int]:
+        """(n, window) for a schedule of T steps.
+
+        Raises:
+            ValueError: More than there are, or none.
+        """
+        window = steps - 1 if self.train_window is None else self.train_window
+        count = window if self.train_steps is None else self.train_steps
+        if not 1 <= window <= steps - 1:
+            raise ValueError(
+                f"train_window must be in [1, {steps - 1}] (the last of {steps} steps is never "
+                f"trained), got {window}"
+            )
+        if not 1 <= count <= window:
+            raise ValueError(f"train_steps must be in [1, {window}], got {count}")
+        return count, window
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +82,8 @@ class PromptBatch:
         prompts: P texts.
         conditions: P items, as the policy encodes them.
         sources: P images to edit, or None.
-        metadata: P rows for the judge.
-        epoch: How often the prompt set has been walked, so that a prompt's noise is new each time.
+        metadata: P rows for the judge, or empty.
+        epoch: Walks over the prompt set so far, so that a prompt's noise is new each time.
     """
 
     ids: tuple[int, ...]
@@ -75,6 +93,19 @@ class PromptBatch:
     metadata: tuple[Mapping[str, Any], ...] = ()
     epoch: int = 0
 
+    def __post_init__(self) -> None:
+        sizes = {"ids": len(self.ids), "prompts": len(self.prompts)}
+        sizes["conditions"] = condition_count(self.conditions)
+        if self.sources is not None:
+            sizes["sources"] = len(self.sources)
+        if self.metadata:
+            sizes["metadata"] = len(self.metadata)
+        if len(set(sizes.values())) != 1 or not self.ids:
+            raise ValueError(f"a prompt batch needs one or more prompts of one number, got {sizes}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Trajectories:
@@ -82,23 +113,33 @@ class Trajectories:
 
     Attributes:
         batch: The prompts.
-        sigmas: float64 [T + 1].
-        coefficients: Of the T steps, on the latents' device.
+        schedule: Of T steps, on the latents' device.
         latents: float32 [P G, T + 1, *latent_shape], the initial noise first, clean latents last.
         log_probs: float32 [P G, T]; NaN where a step is deterministic.
         velocities: [P G, T, *latent_shape], or None.
-        trained: int64 [P G, n] numbers of the steps that are trained, ascending.
+        trained: int64 [P, n] numbers of the steps that are trained, ascending.
+        finite: bool [P], CPU: all latents of the prompt's candidates are finite.
         policy_version: Optimizer steps behind the weights that sampled them.
     """
 
     batch: PromptBatch
-    sigmas: Tensor
-    coefficients: StepCoefficients
+    schedule: Schedule
     latents: Tensor
     log_probs: Tensor
     velocities: Tensor | None
     trained: Tensor
+    finite: Tensor
     policy_version: int = 0
+
+    @property
+    def candidates(self) -> int:
+        """G."""
+        return self.latents.shape[0] // len(self.batch)
+
+    @property
+    def final(self) -> Tensor:
+        """Clean latents [P G, *latent_shape]."""
+        return self.latents[:, -1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +148,10 @@ class JudgedChunk:
 
     Attributes:
         trajectories: What was sampled.
-        judgements: By the judge's name; a judge that failed is absent.
-        failures: By the judge's name, why it failed.
-        seconds: Seconds by phase: sampling, judging (from submit to answer), waiting (not hidden).
+        judgements: By the judge's name; one that failed says NaN for every pair.
+        failures: By the judge's name, why it failed for the whole chunk.
+        seconds: By phase: sampling, decoding, judging (while no earlier chunk was) and waiting
+            (judging that sampling did not hide).
     """
 
     trajectories: Trajectories
