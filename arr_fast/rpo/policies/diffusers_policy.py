@@ -140,13 +140,18 @@ class DiffusersPolicy:
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(
-            str(model), torch_dtype=dtype, revision=revision
+            str(model), torch_dtype=dtype, revision=revision, **cls.components(model, revision)
         )
         found = type(pipeline).__name__
         if found not in cls.pipeline_classes:
             raise UnsupportedModelError(found, cls.pipeline_classes, f"not a {cls.name} pipeline")
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device), **options)
+
+    @classmethod
+    def components(cls, model: str | Path, revision: str | None) -> dict[str, Any]:
+        """Parts of the pipeline that are not loaded by diffusers itself."""
+        return {}
 
     @staticmethod
     def pixels_per_cell(pipeline: Any) -> int:

@@ -6,6 +6,7 @@ are never noised. Sources are resized to one size, so that all items have one sh
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from arr_fast.errors import PromptTooLongError
 from arr_fast.rpo.policies.base import Conditions
 from arr_fast.rpo.policies.diffusers_policy import DiffusersPolicy
+from arr_fast.rpo.policies.qwen_processor import processor_components
 
 
 class QwenEditPolicy(DiffusersPolicy):
@@ -58,6 +60,11 @@ class QwenEditPolicy(DiffusersPolicy):
         source_grid = (self.source_height // cell, self.source_width // cell)
         self._image_shapes = [(1, rows, columns), (1, *source_grid)]
         self._is_plus = type(pipeline).__name__ == "QwenImageEditPlusPipeline"
+
+    @classmethod
+    def components(cls, model: str | Path, revision: str | None) -> dict[str, Any]:
+        """The processor, where transformers cannot build its own."""
+        return processor_components(model, revision)
 
     def _encode(self, prompts: list[str], sources: list[Image.Image] | None) -> Conditions:
         assert sources is not None
@@ -132,8 +139,9 @@ class QwenEditPolicy(DiffusersPolicy):
     def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Guided, then brought back to the conditional prediction's norm per token."""
         guided = super()._guide(conditional, unconditional)
-        norm: Tensor = torch.linalg.vector_norm(conditional, dim=-1, keepdim=True)
-        return guided * (norm / guided.norm(dim=-1, keepdim=True))
+        norm = torch.linalg.vector_norm(conditional, dim=-1, keepdim=True)
+        corrected: Tensor = guided * (norm / torch.linalg.vector_norm(guided, dim=-1, keepdim=True))
+        return corrected
 
     def _decode_pixels(self, latents: Tensor) -> Tensor:
         vae, pipeline = self.pipeline.vae, self.pipeline
