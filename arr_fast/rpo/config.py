@@ -159,7 +159,9 @@ class RolloutConfig(_Section):
         candidates: Images per prompt; with more than two, advantages are means over opponents.
         chunks: The iteration samples this many chunks and has each judged while the next one is
             sampled.
-        max_staleness: How many updates old a trained rollout may be; 0 is on-policy.
+        max_staleness: How many updates old a trained rollout may be. 0 is on-policy; above it the
+            next iteration's first chunk is sampled while the last judgement is awaited, and a
+            resumed run repeats a straight one only closely.
         updates: Optimizer steps per rollout.
         recompute_log_probs: Take log_prob_old from a training forward instead of the rollout.
     """
@@ -167,7 +169,7 @@ class RolloutConfig(_Section):
     pairs: Count = 64
     candidates: Annotated[int, Field(ge=2)] = 2
     chunks: Count = 8
-    max_staleness: Literal[0] = 0
+    max_staleness: Annotated[int, Field(ge=0)] = 0
     updates: Count = 1
     recompute_log_probs: bool = False
 
@@ -179,22 +181,24 @@ class RolloutConfig(_Section):
 
 
 class JudgeConfig(_Section):
-    """The reward.
+    """One reward.
 
     Attributes:
         model: "builtin:shapes", a directory or hub id for an in-process judge.
         url: A judge server instead, for example "http://10.0.0.5:8077".
-        call: Or "package.module:factory"; factory() returns the judge callable.
+        call: Or "package.module:factory"; factory() returns the callable of
+            arr_fast.rpo.judging.SubmitJudge.
         device: Of an in-process judge; "auto", "cpu", "cuda:1".
         dtype: Of an in-process judge.
-        rubric: A packaged rubric or a file; None takes the default of the task.
-        prompt_rubrics: A YAML file that maps prompts to rubric files, for those that need their
-            own.
+        rubric: A packaged rubric or a file, for prompts that bring none; None takes the default of
+            the task.
         orders: "both" removes position bias.
         options: More arguments of Judge.compare, for example {aggregation: veto}.
-        sleep: Put the judge to sleep while the policy trains, to give its memory back.
-        on_error: What a pair without a verdict is: "abstain" (weight 0), "zero", or "raise".
+        sleep: Put an in-process judge to sleep while the policy trains, to give its memory back.
+        weight, required, veto, threshold: Its part in a mixture; see
+            arr_fast.rpo.advantages.RewardSpec.
         max_failure_share: The run stops when a larger share of an iteration's pairs failed.
+        timeout_s: Seconds to wait for an answer once sampling has ended.
     """
 
     model: str = "builtin:shapes"
@@ -203,12 +207,15 @@ class JudgeConfig(_Section):
     device: str = "auto"
     dtype: str = "auto"
     rubric: str | None = "shapes"
-    prompt_rubrics: Path | None = None
     orders: Literal["both", "AB", "BA"] = "both"
     options: dict[str, Any] = Field(default_factory=dict)
     sleep: bool = False
-    on_error: Literal["abstain", "zero", "raise"] = "abstain"
+    weight: Positive = 1.0
+    required: bool = True
+    veto: bool = False
+    threshold: float = 0.5
     max_failure_share: Share = 0.25
+    timeout_s: Positive = 600.0
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -323,6 +330,8 @@ class RunConfig(_Section):
         trackers: Names known to accelerate: tensorboard, wandb, trackio.
         log_every: Iterations between two logs.
         max_ratio_drift: Largest |ratio - 1| before the first update, as a share of the clip.
+        judges: Rewards by name.
+        mixing: How several are mixed; see arr_fast.rpo.advantages.mix_preferences.
     """
 
     preset: Preset = "recommended"
@@ -339,7 +348,8 @@ class RunConfig(_Section):
     sampler: SamplerConfig = SamplerConfig()
     loss: LossConfig = LossConfig()
     rollout: RolloutConfig = RolloutConfig()
-    judge: JudgeConfig = JudgeConfig()
+    judges: dict[str, JudgeConfig] = Field(default_factory=lambda: {"rubric": JudgeConfig()})
+    mixing: Literal["sum", "normalise_first"] = "sum"
     optimiser: OptimiserConfig = OptimiserConfig()
     ema: EmaConfig | None = EmaConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -348,6 +358,8 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
+        if not self.judges or all(judge.veto for judge in self.judges.values()):
+            raise ValueError("judges needs at least one that is not a veto")
         if self.loss.guard and self.rollout.recompute_log_probs:
             raise ValueError("loss.guard needs the rollout's own log_probs")
         return self
