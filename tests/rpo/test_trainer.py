@@ -7,8 +7,12 @@ import math
 
 import pytest
 import torch
+
+from arr_fast.errors import ArrFastError, MissingDependencyError, TrainingError
+from arr_fast.rpo.judging import Judgement
+from arr_fast.rpo.trainer import Trainer
 from tests.rpo.toy import (
-    ToyPolicy,
+    PaintingPolicy,
     bright_judge,
     broken_judge,
     done,
@@ -17,10 +21,6 @@ from tests.rpo.toy import (
     toy_config,
     toy_parts,
 )
-
-from arr_fast.errors import ArrFastError, MissingDependencyError, TrainingError
-from arr_fast.rpo.judging import Judgement
-from arr_fast.rpo.trainer import Trainer
 
 
 def logged(path):
@@ -62,9 +62,7 @@ def test_the_second_update_on_a_rollout_leaves_the_ratio_of_one(tmp_path):
 
 
 def test_the_clip_is_alive_with_two_updates(tmp_path):
-    config = toy_config(
-        tmp_path, rollout={"updates": 2}, loss={"clip": 1e-4, "clip_nats": None}
-    )
+    config = toy_config(tmp_path, rollout={"updates": 2}, loss={"clip": 1e-4, "clip_nats": None})
     trainer = Trainer(config, toy_parts())
     assert max(trainer.run_iteration()["clip_fraction"] for _ in range(3)) > 0
 
@@ -106,7 +104,7 @@ def test_a_few_failures_are_abstentions(tmp_path):
 
 
 def test_nan_in_the_policy_is_skipped_and_reported(tmp_path):
-    class Sick(ToyPolicy):
+    class Sick(PaintingPolicy):
         sick = False
 
         def velocity(self, latents, sigma, conditions):
@@ -128,7 +126,7 @@ def test_nan_in_the_policy_is_skipped_and_reported(tmp_path):
 
 
 def test_a_rollout_that_training_does_not_reproduce_stops_the_run(tmp_path):
-    class Dropout(ToyPolicy):
+    class Dropout(PaintingPolicy):
         def velocity(self, latents, sigma, conditions):
             found = super().velocity(latents, sigma, conditions)
             return found * 3.0 if torch.is_grad_enabled() else found
@@ -177,7 +175,7 @@ def test_pairs_must_fit_the_ranks(tmp_path):
         distributed_type = type("T", (), {"value": "MULTI_CPU"})
         is_main_process = True
 
-    with pytest.raises(ValueError, match="pairs 8 is not a multiple of .* = 6"):
+    with pytest.raises(ValueError, match=r"pairs 8 is not a multiple of .* = 6"):
         Trainer(config, toy_parts(), Two())
 
 
