@@ -1,7 +1,8 @@
 """How many rows a micro-batch may have: what a training step allocates, held against a budget.
 
-The step runs eagerly with 1 and with 3 rows under a counter of live tensor bytes; its peak grows
-linearly in between and beyond. A compiled step keeps less, so the answer is safe for it as well.
+The step runs eagerly with more and more rows under a counter of live tensor bytes. Its peak is a
+convex function of the rows: gradients dominate it for few, activations for many. A compiled step
+keeps fewer activations, so the answer is safe for it as well.
 """
 
 from __future__ import annotations
@@ -129,24 +130,24 @@ def rows_for_budget(
     Raises:
         ArrFastError: Not even one row fits; says what it needs.
     """
-    one, three = (step_bytes(policy, objective, conditions, rows) for rows in (1, 3))
-    per_row = max((three - one) / 2, 1.0)
-    fixed = one - per_row
-    rows = int((budget_bytes / _HEADROOM - fixed) // per_row)
-    if rows < 1:
+    budget = budget_bytes / _HEADROOM
+    fitting, peak = 1, step_bytes(policy, objective, conditions, 1)
+    if peak > budget:
         raise ArrFastError(
-            f"one row needs {one * _HEADROOM / 1e9:.3g} GB, the budget is "
+            f"one row needs {peak * _HEADROOM / 1e9:.3g} GB, the budget is "
             f"{budget_bytes / 1e9:.3g} GB: raise it, or turn gradient checkpointing on"
         )
-    chosen = min(rows, limit)
-    logger.info(
-        "%d rows per micro-batch: %.3g MB each, %.3g MB fixed, budget %.3g MB",
-        chosen,
-        per_row / 1e6,
-        fixed / 1e6,
-        budget_bytes / 1e6,
-    )
-    return chosen
+    while fitting < limit:
+        rows = min(2 * fitting, limit)
+        larger = step_bytes(policy, objective, conditions, rows)
+        if larger > budget:
+            # The chord of a convex curve lies above it, so what the chord allows does fit.
+            slope = (larger - peak) / (rows - fitting)
+            fitting += int((budget - peak) / slope)
+            break
+        fitting, peak = rows, larger
+    logger.info("%d rows per micro-batch for %.3g MB", fitting, budget_bytes / 1e6)
+    return fitting
 
 
 def _address(tensor: Tensor) -> int:

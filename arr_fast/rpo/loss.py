@@ -186,7 +186,7 @@ class RowStats:
             "clip_nats": objective.clip_high * elements,
             "log_prob_drift": self.drift,
         }
-        if self.kl_rows:
+        if self.kl_rows and self.kl_form != "none":
             numbers["kl"] = self.kl_sum / self.kl_rows
             if self.kl_form in ("latent_mean", "log_prob_diff"):
                 numbers["kl_nats"] = numbers["kl"] * elements
