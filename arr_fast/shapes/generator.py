@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,15 @@ class ShapesGenerator(nn.Module):
     Args:
         task: "edit" puts a source picture's tokens behind the image's.
         seed: Of the random weights.
+        sizes: Changes to TRANSFORMER_CONFIG, for tests and benchmarks.
     """
 
     image_ids: Tensor
     text_ids: Tensor
 
-    def __init__(self, task: GeneratorTask = "t2i", seed: int = 0) -> None:
+    def __init__(
+        self, task: GeneratorTask = "t2i", seed: int = 0, sizes: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         from diffusers import FluxTransformer2DModel
 
@@ -97,7 +100,7 @@ class ShapesGenerator(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.words = nn.Embedding(len(VOCABULARY), WORD_WIDTH, padding_idx=0)
-            network: Any = FluxTransformer2DModel(**TRANSFORMER_CONFIG)
+            network: Any = FluxTransformer2DModel(**{**TRANSFORMER_CONFIG, **(sizes or {})})
             # Training starts at v = 0.
             nn.init.zeros_(network.proj_out.weight)
             nn.init.zeros_(network.proj_out.bias)
@@ -192,8 +195,9 @@ class ShapesGenerator(nn.Module):
         about = json.loads((directory / FILES[0]).read_text(encoding="utf-8"))
         if about["vocabulary"] != list(VOCABULARY):
             raise ArrFastError(f"{directory} has another vocabulary than this version: retrain it")
-        generator = ShapesGenerator(about["task"])
-        generator.words.weight.data.copy_(load_file(directory / FILES[1])["weight"])
         loaded: Any = FluxTransformer2DModel.from_pretrained(str(directory / "transformer"))
+        sizes = {name: loaded.config[name] for name in TRANSFORMER_CONFIG}
+        generator = ShapesGenerator(about["task"], sizes=sizes)
+        generator.words.weight.data.copy_(load_file(directory / FILES[1])["weight"])
         generator.transformer.load_state_dict(loaded.state_dict())
         return generator, PatchCode.from_tensors(load_file(directory / FILES[2]))
