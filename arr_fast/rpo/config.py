@@ -324,6 +324,7 @@ class RunConfig(_Section):
         output: Directory of checkpoints, logs and grids.
         seed: Of everything random.
         iterations: Rollouts in all.
+        max_minutes: The run ends, with a checkpoint, after so many minutes over all of its parts.
         micro_batch: Trained (sample, step) rows per forward; None fills the memory budget.
         memory_budget_gb: For activations of one micro-batch, in GB.
         compile: torch.compile for rollout, training and reference.
@@ -338,6 +339,7 @@ class RunConfig(_Section):
     output: Path = Path("rpo_run")
     seed: int = 0
     iterations: Count = 200
+    max_minutes: Positive | None = None
     micro_batch: Count | None = None
     memory_budget_gb: Positive = 2.0
     compile: bool = True

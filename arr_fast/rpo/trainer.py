@@ -92,7 +92,8 @@ class Outcome:
         iterations: Rollouts done, over all parts of the run.
         updates: Optimizer steps done.
         skipped: Updates that were skipped, by reason.
-        interrupted: Whether SIGTERM or Ctrl-C ended it early; a checkpoint was written.
+        interrupted: Whether SIGTERM, Ctrl-C or max_minutes ended it early; a checkpoint was
+            written.
         last: The last logged numbers.
     """
 
@@ -157,6 +158,7 @@ class Trainer:
             )
         self._drawn: list[Prompt] = []
         self._stopping = StopRequest()
+        self._seconds = 0.0
 
     def train(self, *, progress: Callable[[int, dict[str, float]], None] | None = None) -> Outcome:
         """Runs the remaining iterations.
@@ -176,6 +178,7 @@ class Trainer:
                     self.log.numbers(self.iteration, self._evaluate())
                 while self.iteration < config.iterations and not self._should_stop():
                     numbers = self.run_iteration()
+                    self._seconds += numbers["seconds/iteration"]
                     if self.evaluation is not None and self._is_due(config.evaluation.every):
                         numbers |= self._evaluate()
                     if self._is_due(config.log_every):
@@ -232,6 +235,11 @@ class Trainer:
             self.log.grid(self.iteration, self.policy, chunks[0], given[0])
         return numbers
 
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether a signal came."""
+        return self._stopping.asked
+
     def save(self) -> Path | None:
         """Writes a checkpoint; on ranks other than 0 it only takes part."""
         states = self.ranks.gathered(rng_state())
@@ -268,6 +276,7 @@ class Trainer:
         self.policy.load(checkpoint.policy)
         self.updater.restore(state["updater"])
         self.walk.restore(state["walk"])
+        self._seconds = state["seconds"]
         self._drawn = [self.walk.by_id[number] for number in state["drawn"]]
         self.iteration = checkpoint.iteration
         if self.evaluation is not None:
@@ -280,6 +289,7 @@ class Trainer:
         return {
             "updater": self.updater.state(),
             "walk": self.walk.state(),
+            "seconds": self._seconds,
             "drawn": [prompt.id for prompt in self._drawn],
             "history": [] if self.evaluation is None else self.evaluation.history,
             "rubric_hash": self.parts.rubric_hash,
@@ -374,8 +384,10 @@ class Trainer:
         return self.iteration % every == 0 or self.iteration == self.config.iterations
 
     def _should_stop(self) -> bool:
-        """Whether any rank was told to stop."""
-        return any(self.ranks.gathered(self._stopping.asked))
+        """Whether any rank was told to stop, or the run's time is up."""
+        limit = self.config.max_minutes
+        is_late = limit is not None and self._seconds >= 60 * limit
+        return any(self.ranks.gathered(self._stopping.asked or is_late))
 
 
 def _distinct_ids(prompts: Sequence[Prompt]) -> list[int]:

@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor
 from arr_fast.shapes import weights_directory
 from arr_fast.shapes.generator import ShapesGenerator, word_ids
 from arr_fast.shapes.generator_data import GeneratorTask, sample_item, sample_prompts
-from arr_fast.shapes.latents import PatchCode
+from arr_fast.shapes.latents import TOKENS, PatchCode
 from arr_fast.shapes.optimise import Optimiser
 from arr_fast.shapes.parser import success
 from arr_fast.shapes.render import render
@@ -84,15 +85,70 @@ def fit_code(seed: int) -> PatchCode:
     return PatchCode.fit([render(sample_item(rng, "t2i").target) for _ in range(CODE_PICTURES)])
 
 
-def batch_of(
-    rng: np.random.Generator, code: PatchCode, task: GeneratorTask, count: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(word ids [B, L], clean latents [B, 64, 48], source latents or None)."""
+Batch = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+
+
+def draw_batch(rng: np.random.Generator, code: PatchCode, task: GeneratorTask, count: int) -> Batch:
+    """What `flow_loss` reads: word ids [B, L], clean latents [B, 64, 48], source latents or None,
+    logit-normal noise levels [B] (Esser et al., 2024) and noise [B, 64, 48]."""
     items = [sample_item(rng, task) for _ in range(count)]
     ids = word_ids([item.text for item in items])
     clean = code.encode([render(item.target) for item in items])
     sources = [render(item.source) for item in items if item.source is not None]
-    return ids, clean, code.encode(sources) if sources else None
+    sigma = torch.from_numpy(rng.standard_normal(count, dtype=np.float32)).sigmoid()
+    noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
+    return ids, clean, code.encode(sources) if sources else None, sigma, noise
+
+
+def flow_loss(
+    generator: ShapesGenerator,
+    ids: Tensor,
+    clean: Tensor,
+    source: Tensor | None,
+    sigma: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Flow matching: mean (v - (noise - clean))^2 on the straight line between them."""
+    mix = sigma.view(-1, 1, 1)
+    noisy = (1 - mix) * clean + mix * noise
+    conditions = generator.conditions(ids, source)
+    velocity = generator.velocity(generator.transformer, noisy, sigma, conditions)
+    return (velocity - (noise - clean)).square().mean()
+
+
+@torch.no_grad()
+def average(mean: ShapesGenerator, now: ShapesGenerator, decay: float, step: int) -> None:
+    """Moves averaged weights towards the current ones; the start is forgotten soon."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    for kept, fresh in zip(mean.parameters(), now.parameters(), strict=True):
+        kept.lerp_(fresh, weight)
+
+
+def continue_supervised(directory: Path, *, seconds: float, seed: int) -> ShapesGenerator:
+    """Trains saved weights further on the same data, with a plan's own settings.
+
+    Args:
+        directory: Of a saved generator.
+        seconds: Wall time to spend.
+        seed: Of the data.
+
+    Returns:
+        The averaged weights.
+    """
+    plan = Plan(seed=seed)
+    generator, code = ShapesGenerator.load(directory)
+    averaged, _ = ShapesGenerator.load(directory)
+    averaged.requires_grad_(False)
+    named = list(generator.named_parameters())
+    optimiser = Optimiser(named, muon_lr=plan.muon_lr, adam_lr=plan.adam_lr)
+    began, step = time.monotonic(), 0
+    while time.monotonic() - began < seconds:
+        rng = np.random.default_rng([seed, 13, step])
+        flow_loss(generator, *draw_batch(rng, code, generator.task, plan.batch)).backward()
+        optimiser.step(min(1.0, (step + 1) / plan.warmup))
+        average(averaged, generator, plan.ema, step + 1000)
+        step += 1
+    return averaged
 
 
 class Run:
@@ -108,9 +164,9 @@ class Run:
         self.curve = Curve(out / "curve.csv")
         self.first = 0
         self._stop = False
-        self._loss: Callable[..., Tensor] = self._flow_loss
+        self._loss: Callable[..., Tensor] = partial(flow_loss, self.generator)
         if plan.compile:
-            self._loss = torch.compile(self._flow_loss, dynamic=False)
+            self._loss = torch.compile(self._loss, dynamic=False)
         saved = load_state(out / "state.pt") if resume else None
         if saved is not None:
             self.generator.load_state_dict(saved["model"])
@@ -124,43 +180,19 @@ class Run:
         """Ends the run after the current step."""
         self._stop = True
 
-    def _flow_loss(
-        self, ids: Tensor, clean: Tensor, source: Tensor | None, sigma: Tensor, noise: Tensor
-    ) -> Tensor:
-        mix = sigma.view(-1, 1, 1)
-        noisy = (1 - mix) * clean + mix * noise
-        conditions = self.generator.conditions(ids, source)
-        velocity = self.generator.velocity(self.generator.transformer, noisy, sigma, conditions)
-        return (velocity - (noise - clean)).square().mean()
-
-    def loss(self, rng: np.random.Generator, count: int) -> Tensor:
-        """Flow matching at logit-normal noise levels (Esser et al., 2024)."""
-        ids, clean, source = batch_of(rng, self.code, self.plan.task, count)
-        draws = rng.standard_normal(count, dtype=np.float32)
-        sigma = torch.from_numpy(draws).sigmoid()
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        return self._loss(ids, clean, source, sigma, noise)
-
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        decay = min(self.plan.ema, (1 + step) / (10 + step))
-        pairs = zip(self.averaged.parameters(), self.generator.parameters(), strict=True)
-        for mean, now in pairs:
-            mean.lerp_(now, 1 - decay)
-
     def train(self) -> None:
         """Runs the remaining steps."""
         plan, losses, norms = self.plan, [], []
         began = time.monotonic()
         for step in range(self.first, plan.steps):
             rng = np.random.default_rng([plan.seed, 11, step, self.rank])
-            loss = self.loss(rng, plan.batch)
+            loss = self._loss(*draw_batch(rng, self.code, plan.task, plan.batch))
             loss.backward()
             value, stop = average_gradients(
                 self.optimiser.parameters, [float(loss.detach()), float(self._stop)]
             )
             norms.append(self.optimiser.step(min(1.0, (step + 1) / plan.warmup)))
-            self._average(step)
+            average(self.averaged, self.generator, plan.ema, step)
             losses.append(value)
             done = step + 1
             is_kept = done in (round(EARLIER * plan.steps), plan.steps)
@@ -219,8 +251,6 @@ def held_out_success(
 
 def code_shape(code: PatchCode) -> tuple[int, int]:
     """Shape of one picture's latents."""
-    from arr_fast.shapes.latents import TOKENS
-
     return TOKENS, len(code.scale)
 
 
@@ -302,7 +332,10 @@ def main() -> None:
         check=args.check,
         compile=not args.no_compile,
     )
-    start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume)
+    try:
+        start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume)
+    except Interrupted as stop:
+        print(f"{stop}; go on with --resume")
 
 
 if __name__ == "__main__":
