@@ -175,20 +175,22 @@ def _objects(
 def _object(mask: np.ndarray, blocked: np.ndarray, along: np.ndarray, colour: str) -> SceneObject:
     """The shape that covers a component best, at the component's own place and area."""
     side = mask.shape[0]
+    window, left, top = _window(mask)
+    mask, blocked, along = mask[window], blocked[window], along[window]
     around = ndimage.binary_dilation(mask, iterations=2) & ~blocked
     cover = np.where(around, along, 0.0)
     area = float(cover.sum())
-    ys, xs = np.mgrid[0:side, 0:side] + 0.5
+    ys, xs = np.mgrid[0 : cover.shape[0], 0 : cover.shape[1]] + 0.5
     centre = (float((cover * xs).sum()) / area, float((cover * ys).sum()) / area)
     scored = []
     for template in TEMPLATES:
         radius = math.sqrt(area / template.area)
         cx = centre[0] - template.offset[0] * radius
         cy = centre[1] - template.offset[1] * radius
-        drawn = _draw_template(template, cx, cy, radius, side)
+        drawn = _draw_template(template, cx, cy, radius, cover.shape)
         seen = np.where(blocked, 0.0, drawn)
         overlap = np.minimum(seen, cover).sum() / np.maximum(seen, cover).sum()
-        scored.append((float(overlap), template.shape, cx, cy, radius))
+        scored.append((float(overlap), template.shape, cx + left, cy + top, radius))
     scored.sort(reverse=True)
     overlap, shape, cx, cy, radius = scored[0]
     if overlap < LEAST_OVERLAP or overlap - scored[1][0] < LEAST_LEAD:
@@ -200,13 +202,24 @@ def _object(mask: np.ndarray, blocked: np.ndarray, along: np.ndarray, colour: st
     return SceneObject(shape, colour, size, cx / side, cy / side, radius / side)
 
 
+def _window(mask: np.ndarray) -> tuple[tuple[slice, slice], int, int]:
+    """The part of the picture around a component, with room for any shape of its area; its left
+    and top."""
+    spans = []
+    for axis, side in ((1, mask.shape[0]), (0, mask.shape[1])):
+        places = np.flatnonzero(mask.any(axis))
+        room = 4 + (places[-1] - places[0] + 1) // 2
+        spans.append(slice(max(0, places[0] - room), min(side, places[-1] + 1 + room)))
+    return (spans[0], spans[1]), spans[1].start, spans[0].start
+
+
 def _draw_template(
-    template: _Template, cx: float, cy: float, radius: float, side: int
+    template: _Template, cx: float, cy: float, radius: float, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Coverage [side, side] of a shape, sampled at SUPERSAMPLE x SUPERSAMPLE points a pixel."""
-    low_x, high_x = max(0, int(cx - 1.4 * radius)), min(side, int(cx + 1.4 * radius) + 2)
-    low_y, high_y = max(0, int(cy - 1.4 * radius)), min(side, int(cy + 1.4 * radius) + 2)
-    out = np.zeros((side, side))
+    """Coverage [height, width] of a shape, SUPERSAMPLE x SUPERSAMPLE points a pixel."""
+    low_x, high_x = max(0, int(cx - 1.4 * radius)), min(shape[1], int(cx + 1.4 * radius) + 2)
+    low_y, high_y = max(0, int(cy - 1.4 * radius)), min(shape[0], int(cy + 1.4 * radius) + 2)
+    out = np.zeros(shape)
     if low_x >= high_x or low_y >= high_y:
         return out
     scale = TEMPLATE_SIDE / 3 / radius
@@ -218,8 +231,8 @@ def _draw_template(
         np.ix_(rows.clip(0, TEMPLATE_SIDE - 1), columns.clip(0, TEMPLATE_SIDE - 1))
     ]
     picked = picked & inside_x & inside_y[:, None]
-    shape = (high_y - low_y, SUPERSAMPLE, high_x - low_x, SUPERSAMPLE)
-    out[low_y:high_y, low_x:high_x] = picked.reshape(shape).mean((1, 3))
+    points = picked.reshape(high_y - low_y, SUPERSAMPLE, high_x - low_x, SUPERSAMPLE)
+    out[low_y:high_y, low_x:high_x] = points.mean((1, 3))
     return out
 
 
