@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from arr_fast.cli.rewards import build_rewards
 from arr_fast.evals.intervals import resample_weights
+from arr_fast.integrations.rpo_reward import build_rewards
 from arr_fast.rpo.config import JudgeConfig, RunConfig, preset_config
 from arr_fast.rpo.generation import generate_images
 from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge

@@ -97,7 +97,7 @@ def rpo(
 
         judge = None
         if judge_model is not None:
-            from arr_fast.cli.rewards import build_rewards
+            from arr_fast.integrations.rpo_reward import build_rewards
             from arr_fast.rpo.config import JudgeConfig
 
             section = JudgeConfig(model=judge_model, device="cpu")

@@ -168,7 +168,7 @@ def _run(settings: RunConfig, resume: bool, checkpoint: Path | None) -> Outcome:
 
 def build_parts(settings: RunConfig) -> Parts:
     """Loads everything that a run's configuration names."""
-    from arr_fast.cli.rewards import build_rewards
+    from arr_fast.integrations.rpo_reward import build_rewards
     from arr_fast.rpo.building import build_policy
     from arr_fast.rpo.evaluation import load_callable
     from arr_fast.rpo.prompts import load_prompts

@@ -154,13 +154,20 @@ class Updater:
         return merged
 
     def _rows_per_batch(self, chunk: Trajectories) -> int:
-        """Rows of a training forward: as configured, or as many as the memory budget holds."""
+        """Rows of a training forward: as configured, or as many as the memory budget holds.
+
+        At most an eighth of what an iteration can have: the last micro-batch is filled up with rows
+        that do not count, and how many pairs are decided is not known beforehand.
+        """
         if self._rows is None:
+            pairs = self._config.rollout.pairs // self._ranks.count
+            most = pairs * chunk.candidates * chunk.trained.shape[1]
             own = rows_for_budget(
                 self.policy,
                 self.objective,
                 chunk.batch.conditions,
                 self._config.memory_budget_gb * 1e9,
+                limit=max(8, -(-most // 8)),
             )
             self._rows = min(self._ranks.gathered(own))
         return self._rows

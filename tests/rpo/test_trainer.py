@@ -167,6 +167,30 @@ def test_prompts_are_encoded_once(tmp_path):
     assert parts.policy.encoded == 8
 
 
+@pytest.mark.compile
+def test_nothing_recompiles_after_the_first_iterations(tmp_path):
+    decided = iter([8, 3, 8, 1, 5, 7, 2, 8, 4, 6, 8, 8])
+
+    def judge(request):
+        judged = bright_judge(request).result()
+        judged.wins[next(decided) // 2 :] = 0.0
+        return done(judged)
+
+    config = toy_config(tmp_path, compile=True, evaluation={"every": None})
+    trainer = Trainer(config, toy_parts(judge))
+    graphs = [trainer.run_iteration()["graphs"] for _ in range(6)]
+    assert graphs[0] > 0
+    assert graphs[1:] == [graphs[0]] * 5
+
+
+def test_the_memory_budget_chooses_the_micro_batch(tmp_path):
+    trainer = Trainer(toy_config(tmp_path, micro_batch=None), toy_parts())
+    assert trainer.run_iteration()["rows"] == 8 * 2 * 2
+    tight = toy_config(tmp_path, micro_batch=None, memory_budget_gb=1e-9)
+    with pytest.raises(ArrFastError, match="one row needs"):
+        Trainer(tight, toy_parts()).run_iteration()
+
+
 def test_pairs_must_fit_the_ranks(tmp_path):
     config = toy_config(tmp_path)
 

@@ -1,4 +1,4 @@
-"""From a judge to a reward: what `arr-fast train` gives the trainer as its judges.
+"""From a judge to a reward of the RPO trainer: what `arr-fast train` gives it as its judges.
 
 A rubric comes with the prompt (metadata "rubric": a mapping, or a file) or is the same for all.
 """
