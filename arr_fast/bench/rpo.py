@@ -325,7 +325,7 @@ def _time(
     return seconds, graph_count() - before
 
 
-def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     # In the reference's shape nothing is hidden: it waits for all of its judging.
     full = [{"waiting": run["judging"], "hidden_share": 0.0, **run} for run in runs]
     names = ("sampling", "judging", "waiting", "training", "total", "hidden_share")

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from arr_fast.errors import MissingDependencyError
+from arr_fast.errors import MissingDependencyError, TrainingError
 from arr_fast.rpo.config import RunConfig
 
 
@@ -20,14 +20,21 @@ class Ranks:
     Attributes:
         own: This process's number.
         count: How many there are.
-        sharded: Whether FSDP shards the network, and reduces its gradients itself.
+
+    Raises:
+        TrainingError: A launch that shards the network; only data parallelism is supported.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self.own = int(accelerator.process_index)
         self.count = int(accelerator.num_processes)
-        self.sharded = str(accelerator.distributed_type.value) == "FSDP"
+        kind = str(accelerator.distributed_type.value)
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise TrainingError(
+                f"launched with {kind}, but the trainer knows data parallelism only: every rank "
+                "holds the network (LoRA, gradient checkpointing and offload make room)"
+            )
 
     def gathered(self, value: Any) -> list[Any]:
         """The value of every rank, in order."""
@@ -48,7 +55,7 @@ class Ranks:
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Averages gradients in one flat float32 reduction; a missing one counts as zero."""
-        if self.count == 1 or self.sharded:
+        if self.count == 1:
             return
         trained = list(parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
@@ -61,7 +68,7 @@ class Ranks:
     @torch.no_grad()
     def broadcast(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gives every rank rank 0's values."""
-        if self.count == 1 or self.sharded:
+        if self.count == 1:
             return
         from accelerate.utils import broadcast
 

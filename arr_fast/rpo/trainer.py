@@ -131,8 +131,6 @@ class Trainer:
                 f"processes = {share}"
             )
         self.iteration = 0
-        if self.ranks.sharded:
-            self.policy.module = self.accelerator.prepare(self.policy.module)
         self.updater = Updater(config, self.policy, self.ranks)
         self.walk = PromptWalk(
             parts.prompts,

@@ -2,7 +2,7 @@
 
 Data parallel: every rank accumulates its own rows, and gradients are averaged once per update in
 one flat reduction, so compiled graphs stay whole (the mathematics of DDP that synchronises on the
-last micro-batch only). Under FSDP2 the network reduces its own gradients.
+last micro-batch only).
 """
 
 from __future__ import annotations

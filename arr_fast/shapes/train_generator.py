@@ -18,7 +18,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -164,9 +163,9 @@ class Run:
         self.curve = Curve(out / "curve.csv")
         self.first = 0
         self._stop = False
-        self._loss: Callable[..., Tensor] = partial(flow_loss, self.generator)
+        self._loss: Callable[..., Tensor] = self._eager_loss
         if plan.compile:
-            self._loss = torch.compile(self._loss, dynamic=False)
+            self._loss = torch.compile(self._eager_loss, dynamic=False)
         saved = load_state(out / "state.pt") if resume else None
         if saved is not None:
             self.generator.load_state_dict(saved["model"])
@@ -175,6 +174,9 @@ class Run:
             self.first, self.curve.spent = saved["step"], saved["cpu_seconds"]
             if rank == 0:
                 self.curve.truncate("flow", self.first)
+
+    def _eager_loss(self, *batch: Any) -> Tensor:
+        return flow_loss(self.generator, *batch)
 
     def request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         """Ends the run after the current step."""

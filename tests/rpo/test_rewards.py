@@ -13,6 +13,7 @@ from PIL import Image
 from arr_fast.bench.rpo_acceptance import ShuffledJudge, markdown, paired, summarise
 from arr_fast.integrations.rpo_reward import (
     LocalComparer,
+    RemoteComparer,
     RubricOf,
     RubricReward,
     _then,
@@ -77,6 +78,24 @@ def test_groups_become_wins():
     wins = reward(request(1, 3)).result().wins
     assert judge.method == "rank"
     assert torch.equal(wins[0], torch.tensor([[0.0, 1, -1], [-1, 0, 0], [1, 0, 0]]))
+
+
+def test_a_server_gives_the_same_wins_as_a_judge_in_process():
+    pairs = pair_verdicts([[2.0], [-1.0], [0.0]], provenance=SOURCE, criteria=[("x",)] * 3)
+    groups = group_verdicts(pairs, [(0, 0, 1), (0, 0, 2), (0, 1, 2)], [3])
+
+    class Client:
+        def compare(self, prompts, images_a, images_b, rubric, *, sources, orders):
+            assert len(rubric) == len(prompts) == len(images_a) == len(images_b)
+            return pairs.to_json()
+
+        def rank(self, prompts, given, rubric, *, sources, orders):
+            return groups.to_json()
+
+    for ask, verdicts in ((request(3, 2), pairs), (request(1, 3), groups)):
+        remote = RubricReward(RemoteComparer(Client(), "AB", {}), RubricOf("t2i"))
+        local = RubricReward(LocalComparer(FixedJudge(verdicts), "AB", {}), RubricOf("t2i"))
+        assert torch.equal(remote(ask).result().wins, local(ask).result().wins)
 
 
 def test_errors_pass_through_futures():

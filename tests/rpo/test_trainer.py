@@ -203,6 +203,15 @@ def test_pairs_must_fit_the_ranks(tmp_path):
         Trainer(config, toy_parts(), Two())
 
 
+def test_a_launch_that_shards_is_refused(tmp_path):
+    class Sharded:
+        process_index, num_processes = 0, 2
+        distributed_type = type("T", (), {"value": "FSDP"})
+
+    with pytest.raises(TrainingError, match="launched with FSDP"):
+        Trainer(toy_config(tmp_path), toy_parts(), Sharded())
+
+
 def test_an_absent_tracker_names_its_extra(tmp_path):
     with pytest.raises(MissingDependencyError, match=r"arr-fast\[track\]"):
         Trainer(toy_config(tmp_path, trackers=["nothing"]), toy_parts())
