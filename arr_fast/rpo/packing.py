@@ -100,8 +100,9 @@ class PackedRows:
         self._rows += [self._rows[0] if self.rows else _any_finite_row(chunks)] * padding
         self._advantage = torch.tensor(values + [0.0] * padding, dtype=torch.float32)
         self._counts = torch.tensor([1.0] * self.rows + [0.0] * padding, dtype=torch.float32)
+        tables = [chunk.log_probs.cpu() for chunk in chunks]
         self.log_prob_old = torch.tensor(
-            [float(chunks[r.chunk].log_probs[r.sample, r.step]) for r in self._rows]
+            [float(tables[r.chunk][r.sample, r.step]) for r in self._rows]
         )
 
     def __len__(self) -> int:

@@ -84,8 +84,12 @@ class Sampler:
         config, schedule, device = self.config, self.schedule, self.policy.device
         key = (config.seed, batch.epoch, batch.ids)
         latents = initial_noise(
-            *key, config.candidates, self.policy.latent_shape, shared=config.shared_initial_noise
-        ).to(device)
+            *key,
+            config.candidates,
+            self.policy.latent_shape,
+            shared=config.shared_initial_noise,
+            device=device,
+        )
         rows = latents.shape[0]
         conditions = repeat_candidates(batch.conditions, config.candidates)
         path, log_probs, velocities = [latents], [], []

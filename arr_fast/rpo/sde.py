@@ -114,6 +114,7 @@ def initial_noise(
     shape: Sequence[int],
     *,
     shared: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Where the trajectories start.
 
@@ -124,15 +125,16 @@ def initial_noise(
         candidates: G.
         shape: Of one item's latents.
         shared: All candidates of a prompt start from the first one's noise.
+        device: Where it is drawn; devices agree to 2e-6.
 
     Returns:
-        float32 [P G, *shape], CPU.
+        float32 [P G, *shape].
     """
     seeds = noise_seeds(seed, epoch, prompt_ids, 1 if shared else candidates, INITIAL_NOISE)
     elements = 1
     for size in shape:
         elements *= size
-    noise = philox_normal(seeds, elements).view(len(seeds), *shape)
+    noise = philox_normal(seeds.to(device), elements).view(len(seeds), *shape)
     return noise.repeat_interleave(candidates, dim=0) if shared else noise
 
 

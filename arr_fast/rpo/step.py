@@ -83,6 +83,7 @@ class TrainStep:
         if len(packed) == 0:
             return StepReport(stats, "no decided pair")
         divisor = packed.rows if total_rows is None else total_rows
+        collected = []
         for number in range(len(packed)):
             batch = packed.batch(number, divisor)
             v_ref = self._reference_of(packed, number, batch, keep_reference)
@@ -93,7 +94,10 @@ class TrainStep:
                     loss.backward()
                 else:
                     backward(loss)
-            stats.add(row_stats, batch.weight)
+            collected.append((row_stats, batch.weight))
+        # Read only now: on a GPU every look waits for the device.
+        for row_stats, weight in collected:
+            stats.add(row_stats, weight)
         if not keep_reference:
             self._reference_cache = None
         return StepReport(stats, self._reason_to_skip(stats, divisor))

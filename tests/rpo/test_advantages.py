@@ -72,9 +72,7 @@ def test_normalising_first_takes_units_away() -> None:
     mixed = mix_preferences(small, how="normalise_first")
     assert torch.allclose(mixed, mix_preferences(large, how="normalise_first"), atol=1e-5)
     assert torch.allclose(mixed, torch.zeros_like(mixed), atol=1e-5)
-    assert not torch.allclose(
-        mix_preferences(small), mix_preferences(large)
-    )
+    assert not torch.allclose(mix_preferences(small), mix_preferences(large))
 
 
 def test_vetoes() -> None:

@@ -107,7 +107,8 @@ class DiffusersPolicy:
         self._frozen_copy: nn.Module | None = None
         if lora is None:
             self._frozen_copy = copy.deepcopy(self.transformer)
-            self.transformer.requires_grad_(True)
+            # Updates of 1e-5 vanish in bfloat16: the forward is in `dtype`, the weights are not.
+            self.transformer.float().requires_grad_(True)
         else:
             self._add_adapter(lora)
         if gradient_checkpointing:
@@ -129,7 +130,7 @@ class DiffusersPolicy:
 
         Args:
             model: Directory or hub id.
-            dtype: Of all weights; adapter weights are float32.
+            dtype: Of the forward and of all weights but the trained ones, which are float32.
             device: Where they go.
             revision: Of a hub id.
             **options: Arguments of the class.
@@ -205,6 +206,12 @@ class DiffusersPolicy:
     def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """Conditional velocity, or the guided one; no gradient flows through the unconditional
         branch."""
+        if self._lora is not None or self.dtype == torch.float32:
+            return self._guided_velocity(latents, sigma, conditions)
+        with torch.autocast(self.device.type, dtype=self.dtype):
+            return self._guided_velocity(latents, sigma, conditions)
+
+    def _guided_velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         conditional = self._predict(latents, sigma, conditions, negative=False)
         if self.true_cfg == 1.0:
             return conditional
@@ -322,7 +329,7 @@ class DiffusersPolicy:
                 target_modules=list(lora.targets or self.lora_targets),
             )
         )
-        # Updates of 1e-5 vanish in bfloat16.
+        # As above: updates need float32.
         cast_training_params(self.transformer, dtype=torch.float32)
 
     def _check_guidance(self) -> None:
