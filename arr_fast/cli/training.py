@@ -148,6 +148,7 @@ def _run(settings: RunConfig, resume: bool, checkpoint: Path | None) -> Outcome:
     with err_console.status("loading policy and judges"):
         trainer = Trainer(settings, build_parts(settings))
         if found is not None:
+            _warn_of_changes(settings, found.path / "config.yaml")
             trainer.resume(found)
     columns = (
         TextColumn("iteration"),
@@ -164,6 +165,24 @@ def _run(settings: RunConfig, resume: bool, checkpoint: Path | None) -> Outcome:
             bar.update(task, completed=done, description=_line(numbers))
 
         return trainer.train(progress=progress)
+
+
+def _warn_of_changes(settings: RunConfig, saved: Path) -> None:
+    """Names what the configuration says differently from the one that the checkpoint was made with;
+    a longer run or another place is no difference."""
+    from arr_fast.rpo.config import read_config
+    from arr_fast.rpo.metrics import flat_config
+
+    before, now = (
+        flat_config(each.model_dump(mode="json", exclude={"output", "iterations", "max_minutes"}))
+        for each in (read_config(saved), settings)
+    )
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        logging.getLogger("arr_fast").warning(
+            "changed since the checkpoint: %s",
+            ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in changed),
+        )
 
 
 def build_parts(settings: RunConfig) -> Parts:

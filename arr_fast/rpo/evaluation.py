@@ -8,6 +8,7 @@ images is the judges' win rate against the reference policy's images of the same
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,8 @@ from arr_fast.rpo.judging import JudgeRequest, SubmitJudge
 from arr_fast.rpo.policies.base import Policy
 from arr_fast.rpo.prompts import Prompt
 from arr_fast.rpo.sde import Schedule
+
+logger = logging.getLogger("arr_fast")
 
 # (prompts, images, sources, metadata) -> one number per image, higher is better.
 Evaluator = Callable[..., Sequence[float]]
@@ -54,6 +57,7 @@ class Evaluation:
         evaluator: See `Evaluator`; None evaluates by the reward alone.
         judges: The rewards, for the win rate against the reference policy.
         alarm: Over how many evaluations reward and evaluator are compared.
+        timeout: Seconds to wait for a judge.
         history: (reward, evaluator) of the evaluations so far, weights without EMA.
     """
 
@@ -63,6 +67,7 @@ class Evaluation:
     evaluator: Evaluator | None
     judges: Mapping[str, SubmitJudge]
     alarm: int
+    timeout: float = 600.0
     history: list[tuple[float, float]] = field(default_factory=list)
     _base: list[Image.Image] = field(default_factory=list)
 
@@ -129,8 +134,13 @@ class Evaluation:
             metadata=tuple(prompt.metadata for prompt in self.prompts),
         )
         rates = []
-        for submit in self.judges.values():
-            judgement = submit(request).result()
+        for name, submit in self.judges.items():
+            try:
+                judgement = submit(request).result(timeout=self.timeout)
+            # An evaluation never stops a run; what fails here will fail in training as well.
+            except Exception as error:
+                logger.warning("judge %s gave no win rate: %s", name, error)
+                continue
             if judgement.wins is not None:
                 sign = judgement.wins[:, 0, 1]
             else:

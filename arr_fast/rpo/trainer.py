@@ -153,6 +153,7 @@ class Trainer:
                 evaluator=parts.evaluator,
                 judges=parts.judges,
                 alarm=config.evaluation.alarm,
+                timeout=max(judge.timeout_s for judge in config.judges.values()),
             )
         self._drawn: list[Prompt] = []
         self._stopping = StopRequest()

@@ -150,6 +150,21 @@ def test_the_alarm_sounds_when_the_evaluator_falls(tmp_path, caplog):
     assert "ALARM" in caplog.text
 
 
+def test_a_judge_that_fails_in_an_evaluation_stops_nothing(tmp_path, caplog):
+    calls = []
+
+    def judge(request):
+        calls.append(len(request.prompts))
+        # Evaluations have 4 prompts, chunks too; the first call is an evaluation.
+        if len(calls) == 1:
+            raise ConnectionError("not yet")
+        return bright_judge(request)
+
+    outcome = Trainer(toy_config(tmp_path, iterations=1), toy_parts(judge)).train()
+    assert outcome.updates == 1
+    assert "gave no win rate: not yet" in caplog.text
+
+
 def test_evaluation_does_not_touch_training(tmp_path):
     weights = []
     for every in (None, 1):
