@@ -41,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live: int = 0
         self.peak: int = 0
         self._seen = {_address(tensor) for tensor in known}
