@@ -44,7 +44,7 @@ SCHEMA = 1
 RESAMPLES = 10_000
 NOISE_SEED = 2024
 ARMS = ("recommended", "paper", "shuffled", "supervised")
-# (arm, its gain over the base at least, lower end of its interval above)
+# Gain over the base and the lower end of its interval; lead over supervised; gain of the shuffled.
 LEAST_GAIN, LEAST_LOW, LEAST_LEAD, MOST_SHUFFLED = 0.15, 0.08, 0.07, 0.03
 BASE_RANGE = (0.35, 0.65)
 LEAST_AGREEMENT = 0.90
@@ -108,9 +108,9 @@ def agreement(setting: Setting, policy: ShapesPolicy, judge: SubmitJudge) -> dic
     """What the judge makes of a policy's own outputs.
 
     Returns:
-        Agreement with the parser on pairs of which one image succeeds and one fails (a tie of the
-        judge counts as half), the number of such pairs, the success of the judge's choice of two
-        (a tie takes the first), and the mean pixel distance of the two images of a prompt.
+        Over the pairs of which one image succeeds and one fails: their number, the share that the
+        judge decides, and how often it then agrees with the parser. Over all pairs: the success of
+        the judge's choice of two (a tie takes the first), and the mean pixel distance of the two.
     """
     images = setting.images(policy, 2)
     found = setting.successes(images, 2)
@@ -132,13 +132,15 @@ def agreement(setting: Setting, policy: ShapesPolicy, judge: SubmitJudge) -> dic
     verdict = sign.nan_to_num(0.0).numpy()
     differ = found[:, 0] != found[:, 1]
     truth = found[:, 0] - found[:, 1]
-    agreed = np.where(verdict == 0, 0.5, verdict == truth)[differ]
+    decided = differ & (verdict != 0)
+    agreed = (verdict == truth)[decided]
     chosen = np.where(verdict < 0, found[:, 1], found[:, 0])
     pixels = [np.asarray(image, dtype=np.float32) / 255 for image in images]
     distance = [np.abs(a - b).mean() for a, b in zip(pixels[0::2], pixels[1::2], strict=True)]
     return {
         "agreement": float(agreed.mean()) if len(agreed) else None,
-        "agreement_pairs": len(agreed),
+        "agreement_pairs": int(differ.sum()),
+        "agreement_decided": float(decided.sum() / max(differ.sum(), 1)),
         "best_of_two": float(chosen.mean()),
         "diversity": float(np.mean(distance)),
     }
@@ -237,6 +239,7 @@ def summarise(base: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[s
             "mean": float(mean.mean()),
             **paired(mean, before),
             "agreement": [result["agreement"] for result in own],
+            "agreement_decided": [result["agreement_decided"] for result in own],
             "best_of_two": [result["best_of_two"] for result in own],
             "diversity": [result["diversity"] for result in own],
             "updates": [result["updates"] for result in own],
@@ -265,10 +268,11 @@ def markdown(summary: dict[str, Any]) -> str:
     """The table for a note."""
     base = summary["base"]
     lines = [
-        "| arm | success (mean of seeds) | gain over base, 95 % | judge-parser | best of 2 | "
-        "diversity |",
+        "| arm | success (mean of seeds) | gain over base, 95 % | judge-parser (decided) | "
+        "best of 2 | diversity |",
         "|---|---|---|---|---|---|",
-        f"| base | {base['mean']:.1%} | | {_percent(base['agreement'])} | "
+        f"| base | {base['mean']:.1%} | | {_percent(base['agreement'])} "
+        f"({base['agreement_decided']:.0%}) | "
         f"{base['best_of_two']:.1%} | {base['diversity']:.3f} |",
     ]
     for arm, row in summary["arms"].items():
@@ -276,7 +280,8 @@ def markdown(summary: dict[str, Any]) -> str:
         lines.append(
             f"| {arm} | {row['mean']:.1%} ({', '.join(f'{s:.1%}' for s in row['success'])}) | "
             f"{row['gain']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}] | "
-            f"{_percent(float(np.mean(known)) if known else None)} | "
+            f"{_percent(float(np.mean(known)) if known else None)} "
+            f"({np.mean(row['agreement_decided']):.0%}) | "
             f"{np.mean(row['best_of_two']):.1%} | {np.mean(row['diversity']):.3f} |"
         )
     lines += [f"- {name}: {'met' if met else 'NOT met'}" for name, met in summary["gates"].items()]
@@ -333,7 +338,9 @@ def main() -> None:
         prompts=load_prompts("builtin:shapes-held-out", count=args.prompts),
         steps=args.steps,
     )
-    judges, _, _ = build_rewards({"rubric": JudgeConfig(model=args.judge)}, [])
+    # As in configs/demo_shapes.yaml: orders that disagree go by their mean.
+    section = JudgeConfig(model=args.judge, options={"inconsistent": "keep"})
+    judges, _, _ = build_rewards({"rubric": section}, [])
     seeds = [int(seed) for seed in args.seeds.split(",")]
     summary = run(setting, args.arms.split(","), seeds, judges["rubric"])
     print(markdown(summary))

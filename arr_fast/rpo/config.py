@@ -477,8 +477,11 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
 
     section: Any = RunConfig
     for part in loc[:-1]:
-        found = section.model_fields.get(str(part)) if section is not None else None
-        options = [] if found is None else [found.annotation, *get_args(found.annotation)]
+        if section is None or str(part) not in section.model_fields:
+            # A name within a mapping of sections, such as a judge's.
+            continue
+        found = section.model_fields[str(part)]
+        options = [found.annotation, *get_args(found.annotation)]
         section = next((o for o in options if hasattr(o, "model_fields")), None)
     known = [] if section is None else list(section.model_fields)
     close = get_close_matches(str(loc[-1]), known, 1)

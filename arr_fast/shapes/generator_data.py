@@ -159,7 +159,11 @@ def sample_prompts(
 
 
 def caption_rubric(caption: Caption) -> dict[str, Any]:
-    """A rubric written for one caption: presence, counts, background, and a clean picture."""
+    """A rubric written for one caption: each object is present, in its number, on its background.
+
+    Criteria that make the judge read the caption itself are left out: the bundled judge is less
+    sure of them, and they turn pairs that it can decide into ties.
+    """
     criteria: list[tuple[str, str, float]] = []
     for number, (kind, count) in enumerate(caption.counts().items()):
         words = name(kind)
@@ -167,12 +171,6 @@ def caption_rubric(caption: Caption) -> dict[str, Any]:
         amount = "There is one" if count == 1 else f"There are {count}"
         noun = words if count == 1 else f"{kind[0]} {PLURALS[kind[1]]}"
         criteria.append((f"count_{number}", f"{amount} {noun}.", 0.5))
-    criteria += [
-        ("objects", "Every object in the caption is present.", 1.0),
-        ("extra", "There are no extra objects.", 0.5),
-        ("faithful", "The image matches the caption.", 1.0),
-        ("clean", "The image is free of noise.", 0.25),
-    ]
     if caption.background is not None:
         criteria.append(("background", f"The background is {caption.background}.", 1.0))
     return _rubric("caption", "t2i", criteria)

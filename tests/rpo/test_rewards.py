@@ -156,9 +156,10 @@ def test_divergence_needs_both_directions():
 
 
 def test_the_table_compares_pair_by_pair():
-    base = {"success": [0.0, 1.0] * 100, "agreement": 0.95, "best_of_two": 0.6, "diversity": 0.1}
+    seen = {"agreement": 0.95, "agreement_decided": 0.8, "best_of_two": 0.6, "diversity": 0.1}
+    base = {"success": [0.0, 1.0] * 100, **seen}
     after = [1.0 if n % 4 == 0 else s for n, s in enumerate(base["success"])]
-    rest = {"agreement": 0.9, "best_of_two": 0.8, "diversity": 0.1, "updates": 5}
+    rest = {**seen, "updates": 5}
     results = [
         {"arm": "recommended", "seed": 0, "success": after, **rest},
         {"arm": "supervised", "seed": 0, "success": base["success"], **rest},
