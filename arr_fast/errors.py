@@ -55,3 +55,16 @@ class RubricError(ArrFastError, ValueError):
 
 class VerdictError(ArrFastError, ValueError):
     """Verdicts are inconsistent in shape, or were asked for where the judge could give none."""
+
+
+class ConfigError(ArrFastError, ValueError):
+    """A configuration has an unknown key or an impossible value; the message names each."""
+
+
+class TrainingError(ArrFastError, RuntimeError):
+    """A training run cannot go on: a judge that keeps failing, ratios that are off, a policy that
+    returns NaN."""
+
+
+class CheckpointError(ArrFastError, RuntimeError):
+    """A checkpoint cannot be written or read; names the file, and the last usable one."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from arr_fast import __version__
-from arr_fast.cli import benching, dataset, demo, info, judging, rubric, verify
+from arr_fast.cli import benching, dataset, demo, info, judging, rubric, training, verify
 from arr_fast.cli.kernels import kernels_app
 from arr_fast.data import cli as data_cli
 from arr_fast.evals import cli as evals_cli
@@ -44,6 +44,8 @@ app.command("score")(judging.score)
 app.command("rank")(judging.rank)
 app.command("verify")(verify.verify)
 app.command("eval")(evals_cli.evaluate)
+app.command("train")(training.train)
+app.command("sample")(training.sample)
 app.command("info")(info.info)
 app.command("judge-dataset")(dataset.judge_dataset)
 app.command("serve")(serve_cli.serve)

@@ -100,3 +100,58 @@ def serve(
             console.print(problem, markup=False, highlight=False, soft_wrap=True)
         if result.exit_code:
             raise typer.Exit(result.exit_code)
+
+
+@app.command("rpo")
+def rpo(
+    workload: Annotated[
+        str, typer.Option(help="tiny (overhead-bound), shapes (compute-bound); comma-separated.")
+    ] = "tiny,shapes",
+    engines: Annotated[
+        str, typer.Option(help="Comma-separated: ours, ours-eager, reference-loop.")
+    ] = "ours,ours-eager,reference-loop",
+    pairs: Annotated[int, typer.Option(min=1, help="Per iteration.")] = 16,
+    chunks: Annotated[int, typer.Option(min=1, help="Per iteration.")] = 8,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Rows per training forward.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed iterations of each.")] = 5,
+    judge_seconds: Annotated[
+        float, typer.Option(min=0.0, help="Per pair, of a judge that sleeps.")
+    ] = 0.0,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge", help="A real judge instead: builtin:shapes.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Append rows here.")] = None,
+    json_path: opt.JsonPath = None,
+) -> None:
+    """Time one RPO iteration; nothing is timed unless all gradients agree. Exit 1 otherwise."""
+    with opt.one_line_errors():
+        opt.quiet_libraries()
+        from arr_fast.bench.rpo import run_rpo_bench
+
+        judge = None
+        if judge_model is not None:
+            from arr_fast.integrations.rpo_reward import build_rewards
+            from arr_fast.rpo.config import JudgeConfig
+
+            section = JudgeConfig(model=judge_model, device="cpu")
+            judge = build_rewards({"rubric": section}, [])[0]["rubric"]
+        run_rpo_bench(
+            _names(workload),
+            _names(engines),
+            pairs=pairs,
+            chunks=chunks,
+            micro_batch=micro_batch,
+            repeats=repeats,
+            judge=judge,
+            judge_name=judge_model or "sleeping",
+            judge_seconds=judge_seconds,
+            threads=threads,
+            csv_path=csv,
+            json_path=json_path,
+            say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -38,4 +38,24 @@ def judge_directory() -> Path:
     return directory
 
 
-__all__ = ["data_directory", "judge_directory", "weights_directory"]
+def generator_directory(name: str = "shapes") -> Path:
+    """The directory of a bundled generator, for `builtin:shapes` and `builtin:shapes-edit`.
+
+    Raises:
+        ArrFastError: There is none of that name, or it is not there; the message says how to make
+            it.
+    """
+    tasks = {"shapes": "t2i", "shapes-edit": "edit"}
+    if name not in tasks:
+        raise ArrFastError(f"no generator builtin:{name}; there are {', '.join(tasks)}")
+    folder = "generator" if name == "shapes" else "generator_edit"
+    directory = weights_directory().parent / folder
+    if not (directory / "generator.json").is_file():
+        raise ArrFastError(
+            f"no bundled generator in {directory}; make it with python -m "
+            f"arr_fast.shapes.train_generator --out RUN --task {tasks[name]} --bundle"
+        )
+    return directory
+
+
+__all__ = ["data_directory", "generator_directory", "judge_directory", "weights_directory"]

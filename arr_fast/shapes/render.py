@@ -33,7 +33,8 @@ def _polygon(obj: SceneObject, side: int) -> list[tuple[float, float]]:
     return [(cx + dx, cy + dy) for dx, dy in steps]
 
 
-def _draw(draw: ImageDraw.ImageDraw, obj: SceneObject, side: int, fill: object) -> None:
+def draw_object(draw: ImageDraw.ImageDraw, obj: SceneObject, side: int, fill: object) -> None:
+    """Draws one object on a canvas of `side` pixels."""
     cx, cy, r = obj.x * side, obj.y * side, obj.radius * side
     box = (cx - r, cy - r, cx + r, cy + r)
     if obj.shape == "circle":
@@ -77,7 +78,7 @@ def render(scene: Scene, side: int = 64) -> Image.Image:
     image = Image.new("RGB", (big, big), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     for obj in scene.objects:
-        _draw(draw, obj, big, COLOURS[obj.colour])
+        draw_object(draw, obj, big, COLOURS[obj.colour])
     if scene.hidden is not None:
         _draw_bar(draw, scene.objects[scene.hidden], big, scene.seed)
     image = image.reduce(scale)
@@ -107,7 +108,7 @@ def coverage(scene: Scene, side: int = 64) -> np.ndarray:
     ids = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(ids)
     for index, obj in enumerate(scene.objects):
-        _draw(draw, obj, side, index + 1)
+        draw_object(draw, obj, side, index + 1)
     plain = np.asarray(ids).astype(np.int16) - 1
     if scene.hidden is not None:
         mask = Image.new("RGB", (side, side), (9, 9, 9))

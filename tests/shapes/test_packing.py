@@ -109,7 +109,9 @@ def test_vision_as_a_dense_batch_equals_the_tower(setting):
 def test_gradients_reach_words_tower_and_deepstack(setting):
     model, images, _, batch = setting
     features = VisionForward(model)(patchify(images))
-    states = decode(model, batch.ids, batch.positions, batch.groups, batch.feature, features, (1, 2))
+    states = decode(
+        model, batch.ids, batch.positions, batch.groups, batch.feature, features, (1, 2)
+    )
     row, at = batch.verdict_at.T
     states.final[row, at].square().sum().backward()
     visual = model.model.visual

@@ -1,0 +1,351 @@
+"""Does RPO improve the bundled generator? The whole table, with one command:
+
+    python -m arr_fast.bench.rpo_acceptance --out RESULTS [--minutes 20] [--seeds 0,1,2]
+
+Success is the pixel parser's, on held-out prompts at fixed noise; the judge rewards and the parser
+never does. Arms start from the LAST weights of the base generator and get the same wall time: RPO
+(recommended and paper presets), RPO on a shuffled reward, and more supervised training. Finished
+arms are kept as files, so the command can be interrupted and given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from arr_fast.evals.intervals import resample_weights
+from arr_fast.integrations.rpo_reward import build_rewards
+from arr_fast.rpo.config import JudgeConfig, RunConfig, preset_config
+from arr_fast.rpo.generation import generate_images
+from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
+from arr_fast.rpo.metrics import sample_grid
+from arr_fast.rpo.policies.shapes import ShapesPolicy
+from arr_fast.rpo.prompts import Prompt, load_prompts
+from arr_fast.rpo.schedule import shifted_sigmas
+from arr_fast.rpo.sde import build_schedule
+from arr_fast.rpo.trainer import Parts, Trainer
+from arr_fast.shapes import generator_directory
+from arr_fast.shapes.generator import ShapesGenerator
+from arr_fast.shapes.parser import success
+from arr_fast.shapes.train_generator import continue_supervised
+
+SCHEMA = 1
+RESAMPLES = 10_000
+NOISE_SEED = 2024
+ARMS = ("recommended", "paper", "shuffled", "supervised")
+# Gain over the base and the lower end of its interval; lead over supervised; gain of the shuffled.
+LEAST_GAIN, LEAST_LOW, LEAST_LEAD, MOST_SHUFFLED = 0.15, 0.08, 0.07, 0.03
+BASE_RANGE = (0.35, 0.65)
+LEAST_AGREEMENT = 0.90
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What every arm shares.
+
+    Attributes:
+        out: Where results go.
+        base: Directory of the base generator.
+        judge: Model of the judge.
+        minutes: Wall time of an arm.
+        prompts: Held-out ones.
+        steps: Of the evaluation's Euler sampler.
+    """
+
+    out: Path
+    base: Path
+    judge: str
+    minutes: float
+    prompts: Sequence[Prompt]
+    steps: int = 8
+
+    def images(self, policy: ShapesPolicy, candidates: int = 1) -> list[Image.Image]:
+        """Images of the held-out prompts at fixed noise, candidates fastest."""
+        schedule = build_schedule(shifted_sigmas(self.steps, 3.0), "ode")
+        texts = [prompt.text for prompt in self.prompts]
+        ids = [prompt.id for prompt in self.prompts]
+        return generate_images(
+            policy, texts, None, ids, schedule, seed=NOISE_SEED, candidates=candidates, batch=50
+        )
+
+    def successes(self, images: Sequence[Image.Image], per_prompt: int = 1) -> np.ndarray:
+        """float64 [P, per_prompt] of 1 and 0."""
+        texts = [prompt.text for prompt in self.prompts for _ in range(per_prompt)]
+        return np.array(success(texts, images)).reshape(-1, per_prompt)
+
+
+class ShuffledJudge:
+    """A judge whose verdicts are dealt out among the prompts of a chunk."""
+
+    def __init__(self, judge: SubmitJudge, seed: int) -> None:
+        self._judge, self._seed = judge, seed
+
+    def __call__(self, request: JudgeRequest) -> Future[Judgement]:
+        """Waits for the judge, then shuffles."""
+        judged = self._judge(request).result()
+        draws = torch.Generator().manual_seed(self._seed + sum(request.prompt_ids))
+        assert judged.wins is not None
+        order = torch.randperm(len(judged.wins), generator=draws)
+        # A pair's two candidates change places at random as well, else a bias would survive.
+        sign = torch.randint(0, 2, (len(order), 1, 1), generator=draws) * 2.0 - 1.0
+        future: Future[Judgement] = Future()
+        future.set_result(Judgement(wins=judged.wins[order] * sign, errors=judged.errors))
+        return future
+
+
+def agreement(setting: Setting, policy: ShapesPolicy, judge: SubmitJudge) -> dict[str, Any]:
+    """What the judge makes of a policy's own outputs.
+
+    Returns:
+        Over the pairs of which one image succeeds and one fails: their number, the share that the
+        judge decides, and how often it then agrees with the parser. Over all pairs: the success of
+        the judge's choice of two (a tie takes the first), and the mean pixel distance of the two.
+    """
+    images = setting.images(policy, 2)
+    found = setting.successes(images, 2)
+    pairs = list(zip(images[0::2], images[1::2], strict=True))
+    wins = []
+    for first in range(0, len(pairs), 50):
+        part = list(setting.prompts[first : first + 50])
+        request = JudgeRequest(
+            prompt_ids=tuple(p.id for p in part),
+            prompts=tuple(p.text for p in part),
+            images=tuple(pairs[first : first + 50]),
+            sources=None,
+            metadata=tuple(p.metadata for p in part),
+        )
+        judged = judge(request).result().wins
+        assert judged is not None
+        wins.append(judged[:, 0, 1])
+    sign: Tensor = torch.cat(wins)
+    verdict = sign.nan_to_num(0.0).numpy()
+    differ = found[:, 0] != found[:, 1]
+    truth = found[:, 0] - found[:, 1]
+    decided = differ & (verdict != 0)
+    agreed = (verdict == truth)[decided]
+    chosen = np.where(verdict < 0, found[:, 1], found[:, 0])
+    pixels = [np.asarray(image, dtype=np.float32) / 255 for image in images]
+    distance = [np.abs(a - b).mean() for a, b in zip(pixels[0::2], pixels[1::2], strict=True)]
+    return {
+        "agreement": float(agreed.mean()) if len(agreed) else None,
+        "agreement_pairs": int(differ.sum()),
+        "agreement_decided": float(decided.sum() / max(differ.sum(), 1)),
+        "best_of_two": float(chosen.mean()),
+        "diversity": float(np.mean(distance)),
+    }
+
+
+def arm_config(arm: str, setting: Setting, seed: int) -> RunConfig:
+    """The configuration of an RPO arm."""
+    preset: Any = "paper" if arm == "paper" else "recommended"
+    return preset_config(
+        preset,
+        output=str(setting.out / f"{arm}-{seed}"),
+        seed=seed,
+        iterations=100_000,
+        max_minutes=setting.minutes,
+        compile=False,
+        trackers=[],
+        evaluation={"every": None},
+        checkpoint={"every": 10},
+    )
+
+
+def run_arm(arm: str, seed: int, setting: Setting, judge: SubmitJudge) -> dict[str, Any]:
+    """Trains an arm, or goes on with it, and evaluates it; the result is kept as a file."""
+    path = setting.out / f"{arm}-{seed}.json"
+    if path.is_file():
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+    began = time.monotonic()
+    updates = 0
+    if arm == "supervised":
+        generator = continue_supervised(setting.base, seconds=60 * setting.minutes, seed=seed)
+        policy = ShapesPolicy(generator, ShapesGenerator.load(setting.base)[1])
+    else:
+        policy = ShapesPolicy.from_pretrained(setting.base)
+        updates = _train(arm, seed, setting, policy, judge)
+    images = setting.images(policy)
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "seconds": time.monotonic() - began,
+        "updates": updates,
+        "success": setting.successes(images)[:, 0].tolist(),
+        **agreement(setting, policy, judge),
+    }
+    _grid(setting, images, setting.out / f"{arm}-{seed}.png")
+    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    return result
+
+
+def _train(arm: str, seed: int, setting: Setting, policy: ShapesPolicy, judge: SubmitJudge) -> int:
+    from arr_fast.rpo.checkpoint import latest_checkpoint, list_checkpoints
+
+    config = arm_config(arm, setting, seed)
+    prompts = load_prompts("builtin:shapes", count=4096, seed=seed)
+    rewards = {"rubric": ShuffledJudge(judge, seed) if arm == "shuffled" else judge}
+    trainer = Trainer(config, Parts(policy, rewards, prompts, rubric_hash=f"{arm}"))
+    if list_checkpoints(config.output):
+        trainer.resume(latest_checkpoint(config.output))
+    outcome = trainer.train()
+    if outcome.interrupted and trainer.was_asked_to_stop:
+        raise SystemExit(f"{arm} {seed} was interrupted; the same command goes on with it")
+    return outcome.updates
+
+
+def _grid(setting: Setting, images: Sequence[Image.Image], path: Path) -> None:
+    count = min(24, len(images))
+    found = setting.successes(images)[:count, 0]
+    marks = [["right" if ok else "wrong"] for ok in found]
+    texts = [prompt.text for prompt in setting.prompts[:count]]
+    sample_grid([[image] for image in images[:count]], texts, marks).save(path)
+
+
+def paired(after: np.ndarray, before: np.ndarray) -> dict[str, float]:
+    """Gain with its 95 % interval, prompts resampled.
+
+    Args:
+        after, before: float64 [P], of the same prompts (means over seeds are fine).
+    """
+    difference = after - before
+    weights = resample_weights(np.arange(len(difference)), RESAMPLES, 0).astype(np.float64)
+    means = weights @ difference / weights.sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"gain": float(difference.mean()), "low": float(low), "high": float(high)}
+
+
+def summarise(base: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The table and its gates."""
+    before = np.array(base["success"])
+    rows: dict[str, Any] = {}
+    for arm in dict.fromkeys(result["arm"] for result in results):
+        own = [result for result in results if result["arm"] == arm]
+        mean = np.mean([result["success"] for result in own], axis=0)
+        rows[arm] = {
+            "seeds": len(own),
+            "success": [float(np.mean(result["success"])) for result in own],
+            "mean": float(mean.mean()),
+            **paired(mean, before),
+            "agreement": [result["agreement"] for result in own],
+            "agreement_decided": [result["agreement_decided"] for result in own],
+            "best_of_two": [result["best_of_two"] for result in own],
+            "diversity": [result["diversity"] for result in own],
+            "updates": [result["updates"] for result in own],
+        }
+    gates = {
+        "base in range": BASE_RANGE[0] <= float(before.mean()) <= BASE_RANGE[1],
+        "judge agrees with the parser": (base["agreement"] or 0.0) >= LEAST_AGREEMENT,
+    }
+    if "recommended" in rows:
+        best = rows["recommended"]
+        gates["gain"] = best["gain"] >= LEAST_GAIN and best["low"] > LEAST_LOW
+        if "supervised" in rows:
+            gates["lead over supervised"] = best["gain"] - rows["supervised"]["gain"] >= LEAST_LEAD
+    if "shuffled" in rows:
+        gates["shuffled reward"] = rows["shuffled"]["gain"] < MOST_SHUFFLED
+    return {
+        "schema": f"arr_fast.rpo_acceptance/{SCHEMA}",
+        "base": {key: value for key, value in base.items() if key != "success"}
+        | {"mean": float(before.mean())},
+        "arms": rows,
+        "gates": gates,
+    }
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table for a note."""
+    base = summary["base"]
+    lines = [
+        "| arm | success (mean of seeds) | gain over base, 95 % | judge-parser (decided) | "
+        "best of 2 | diversity |",
+        "|---|---|---|---|---|---|",
+        f"| base | {base['mean']:.1%} | | {_percent(base['agreement'])} "
+        f"({base['agreement_decided']:.0%}) | "
+        f"{base['best_of_two']:.1%} | {base['diversity']:.3f} |",
+    ]
+    for arm, row in summary["arms"].items():
+        known = [value for value in row["agreement"] if value is not None]
+        lines.append(
+            f"| {arm} | {row['mean']:.1%} ({', '.join(f'{s:.1%}' for s in row['success'])}) | "
+            f"{row['gain']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}] | "
+            f"{_percent(float(np.mean(known)) if known else None)} "
+            f"({np.mean(row['agreement_decided']):.0%}) | "
+            f"{np.mean(row['best_of_two']):.1%} | {np.mean(row['diversity']):.3f} |"
+        )
+    lines += [f"- {name}: {'met' if met else 'NOT met'}" for name, met in summary["gates"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def run(
+    setting: Setting,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    judge: SubmitJudge,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Everything; writes summary.json, summary.md and grids."""
+    setting.out.mkdir(parents=True, exist_ok=True)
+    policy = ShapesPolicy.from_pretrained(setting.base)
+    images = setting.images(policy)
+    _grid(setting, images, setting.out / "base.png")
+    found = setting.successes(images)[:, 0].tolist()
+    base = {"success": found, **agreement(setting, policy, judge)}
+    say(f"base: success {np.mean(found):.1%}, judge-parser {_percent(base['agreement'])}")
+    results = []
+    for seed in seeds:
+        for arm in arms:
+            results.append(run_arm(arm, seed, setting, judge))
+            say(f"{arm} seed {seed}: success {np.mean(results[-1]['success']):.1%}")
+    summary = summarise(base, results)
+    (setting.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (setting.out / "summary.md").write_text(markdown(summary), encoding="utf-8")
+    return summary
+
+
+def main() -> None:
+    """Command line; exit 1 where a gate is not met."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--base", type=Path, help="default: the bundled generator")
+    parser.add_argument("--judge", default="builtin:shapes")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=8, help="Euler steps of the evaluation")
+    args = parser.parse_args()
+    setting = Setting(
+        out=args.out,
+        base=args.base or generator_directory("shapes"),
+        judge=args.judge,
+        minutes=args.minutes,
+        prompts=load_prompts("builtin:shapes-held-out", count=args.prompts),
+        steps=args.steps,
+    )
+    # As in configs/demo_shapes.yaml: orders that disagree go by their mean.
+    section = JudgeConfig(model=args.judge, options={"inconsistent": "keep"})
+    judges, _, _ = build_rewards({"rubric": section}, [])
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    summary = run(setting, args.arms.split(","), seeds, judges["rubric"])
+    print(markdown(summary))
+    raise SystemExit(0 if all(summary["gates"].values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

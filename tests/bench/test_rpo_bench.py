@@ -1,0 +1,55 @@
+"""The contenders of `arr-fast bench rpo` do the same mathematics, and the gate notices if not."""
+
+from __future__ import annotations
+
+import pytest
+
+from arr_fast.bench import rpo
+from arr_fast.bench.rpo import Contest, SleepingJudge, run_rpo_bench
+from arr_fast.errors import ArrFastError
+from tests.rpo.small_generator import small_code
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    monkeypatch.setattr(rpo, "fit_code", lambda seed: small_code())
+    monkeypatch.setattr(rpo, "STEPS", 3)
+    monkeypatch.setattr(rpo, "TRAINED", (1, 2))
+    return Contest("tiny", 4, 2, 4, SleepingJudge(0.0))
+
+
+def test_eager_and_reference_loop_have_one_gradient(contest):
+    runs = {"ours-eager": contest.contender("ours-eager")}
+    assert rpo._gate(contest, runs, lambda line: None)["ours-eager"] <= 1e-5
+
+
+def test_the_gate_notices_another_loss(contest):
+    run = contest.contender("ours-eager")
+    contest.micro_batch = 4
+
+    def doubled():
+        run()
+        return run()
+
+    with pytest.raises(ArrFastError, match="nothing was timed"):
+        rpo._gate(contest, {"ours": doubled}, lambda line: None)
+
+
+def test_seconds_are_split(contest):
+    seconds = contest.contender("reference-loop")()
+    parts = seconds["sampling"] + seconds["judging"] + seconds["training"]
+    assert parts == pytest.approx(seconds["total"])
+
+
+def test_a_sleeping_judge_is_hidden_behind_sampling(contest):
+    contest.judge = SleepingJudge(0.001)
+    seconds = contest.contender("ours-eager")()
+    assert seconds["judging"] >= 0.004
+    assert seconds["hidden_share"] > 0
+
+
+def test_unknown_workloads_and_engines_list_what_there_is(contest):
+    with pytest.raises(ValueError, match="tiny, shapes"):
+        run_rpo_bench(["huge"])
+    with pytest.raises(ValueError, match="ours-eager"):
+        contest.contender("theirs")

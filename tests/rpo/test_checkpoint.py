@@ -1,0 +1,190 @@
+"""Checkpoints: exact resume, a full disk, damage; and data parallelism against one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from arr_fast.errors import CheckpointError, TrainingError
+from arr_fast.rpo import checkpoint as module
+from arr_fast.rpo.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from arr_fast.rpo.trainer import Trainer
+from tests.rpo.toy import bright_judge, toy_config, toy_parts
+from tests.rpo.toy_run import gradients
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(*arguments, **environment):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.rpo.toy_run", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def everything(trainer):
+    """All that an iteration depends on, as tensors and plain values."""
+    state = trainer.updater.state()
+    moments = state["optimiser"]["state"]
+    return {
+        **{f"weight {k}": v.detach().clone() for k, v in trainer.updater.parameters.items()},
+        **{f"mean {k}": v.clone() for k, v in state["ema"]["means"].items()},
+        **{f"moment {k} {n}": v.clone() for k, m in moments.items() for n, v in m.items()},
+        "walk": trainer.walk.state(),
+        "version": trainer.updater.version,
+        "iteration": trainer.iteration,
+    }
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        equal = torch.equal(value, b[key]) if torch.is_tensor(value) else value == b[key]
+        assert equal, key
+
+
+def trained(config, parts=None, resume=None):
+    trainer = Trainer(config, parts or toy_parts())
+    if resume is not None:
+        trainer.resume(latest_checkpoint(resume))
+    trainer.train()
+    return trainer
+
+
+def test_killed_and_resumed_equals_straight_to_the_bit(tmp_path):
+    settings = {"iterations": 6, "evaluation": {"every": None}}
+    straight = trained(toy_config(tmp_path / "straight", **settings))
+    process = start("killed", tmp_path / "killed", 6, 4)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+    # Iteration 3 was done and lost with iteration 4; it is replayed.
+    assert latest_checkpoint(tmp_path / "killed").iteration == 2
+    resumed = trained(toy_config(tmp_path / "killed", **settings), resume=tmp_path / "killed")
+    same(everything(straight), everything(resumed))
+    lines = [
+        (tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("straight", "killed")
+    ]
+    assert len(lines[0]) == len(lines[1]) == 6
+
+
+def test_the_ratio_is_one_after_resume(tmp_path):
+    trained(toy_config(tmp_path, iterations=2))
+    trainer = Trainer(toy_config(tmp_path, iterations=3), toy_parts())
+    trainer.resume(latest_checkpoint(tmp_path))
+    numbers = trainer.run_iteration()
+    assert abs(numbers["ratio_max"] - 1) < 1e-6
+    assert abs(numbers["ratio_min"] - 1) < 1e-6
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    together = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    ranks = [
+        start("gradients", tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **together)
+        for r in range(2)
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    gradients(tmp_path / "one")
+    one = torch.load(tmp_path / "one" / "gradients-0.pt")
+    two = [torch.load(tmp_path / "two" / f"gradients-{rank}.pt") for rank in range(2)]
+    flat = [torch.cat([g.flatten() for g in each.values()]) for each in (one, *two)]
+    assert torch.equal(flat[1], flat[2])
+    assert (flat[0] - flat[1]).norm() <= 1e-6 * flat[0].norm()
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_cleanly(tmp_path):
+    def judge(request):
+        if threading.current_thread() is threading.main_thread():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return bright_judge(request)
+
+    config = toy_config(tmp_path, checkpoint={"every": 100}, evaluation={"every": None})
+    outcome = Trainer(config, toy_parts(judge)).train()
+    assert (outcome.interrupted, outcome.iterations) == (True, 1)
+    assert latest_checkpoint(tmp_path).iteration == 1
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    trainer = trained(toy_config(tmp_path, iterations=2))
+    before = latest_checkpoint(tmp_path).path
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.torch, "save", full)
+    trainer.iteration = 3
+    with pytest.raises(CheckpointError, match=r"No space left.*last usable.*iteration-000002"):
+        trainer.save()
+    monkeypatch.undo()
+    assert list_checkpoints(tmp_path) == [before]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    assert load_checkpoint(before).iteration == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_with_the_previous_one(tmp_path, damage):
+    trained(toy_config(tmp_path, iterations=4, evaluation={"every": None}))
+    last = list_checkpoints(tmp_path)[-1]
+    victim = last / ("manifest.json" if damage == "manifest" else "state.pt")
+    data = bytearray(victim.read_bytes())
+    if damage == "remove":
+        victim.unlink()
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    else:
+        victim.write_bytes(data[: len(data) // 2])
+    with pytest.raises(
+        CheckpointError, match=r"iteration-000004.*usable.*iteration-000002"
+    ) as found:
+        latest_checkpoint(tmp_path)
+    assert victim.name in str(found.value)
+    assert load_checkpoint(list_checkpoints(tmp_path)[0]).iteration == 2
+
+
+def test_another_rubric_is_another_run(tmp_path):
+    trained(toy_config(tmp_path, iterations=2, evaluation={"every": None}))
+    trainer = Trainer(toy_config(tmp_path), toy_parts(rubric_hash="other"))
+    with pytest.raises(TrainingError, match="a changed reward is another run"):
+        trainer.resume(latest_checkpoint(tmp_path))
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        latest_checkpoint(tmp_path)
+
+
+def test_old_checkpoints_are_deleted(tmp_path):
+    config = toy_config(
+        tmp_path, iterations=6, checkpoint={"every": 1, "keep": 3}, evaluation={"every": None}
+    )
+    trained(config)
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        f"iteration-00000{n}" for n in (4, 5, 6)
+    ]
