@@ -44,7 +44,8 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         if torch.compiler.is_compiling():
-            return packed_linear(x, self.weight, self.bias)
+            result: Tensor = packed_linear(x, self.weight, self.bias)
+            return result
         return self.multiply(x)
 
     def multiply(self, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def setting():
         trees.append(maker.pair_tree(example, len(images)))
         sources = [render(example.source)] if example.source else []
         images += [*sources, *(render(s) for s in example.scenes)]
-    asked = [("colour", c.text, c.truths[0]) for c in example.criteria]
+    asked = [("colour", c.text, c.truths[0], c.evidence) for c in example.criteria]
     trees.append(maker.point_tree("t2i", "a ring", asked, len(images)))
     images.append(render(example.scenes[0]))
     for tree in trees:
