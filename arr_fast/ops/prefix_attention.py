@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arr_fast.ops.tree_tables import check_tables
+
 TILE_FIRST, TILE_ROWS, TILE_RUN_BEGIN, TILE_RUN_END, TILE_WITH_OWN, TILE_SPLIT = range(6)
 RUN_SOURCE, RUN_FIRST, RUN_LENGTH = range(3)
 
@@ -119,7 +121,8 @@ def check_prefix_attention(
     runs: Tensor,
     tiles: Tensor,
 ) -> None:
-    """Checks shapes, dtypes and devices; raises a ValueError that names the argument."""
+    """Checks shapes, dtypes and devices, and on a CPU the tables' values; raises a ValueError that
+    names the argument."""
     if q.ndim != 3:
         raise ValueError(f"q must be [T, Hq, D], got {tuple(q.shape)}")
     rows, heads, dim = q.shape
@@ -157,3 +160,6 @@ def check_prefix_attention(
     ):
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}")
+    # On a GPU a look at the values would wait for the device.
+    if tiles.device.type == "cpu":
+        check_tables(own_start, runs, tiles, rows, k_pool.shape[0])

@@ -128,3 +128,8 @@ def check_verdict_head(
     ):
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}")
+    # On a GPU a look at the values would wait for the device.
+    if label_ptr.device.type == "cpu":
+        ends = label_ptr.tolist()
+        if ends[0] != 0 or ends[-1] != label_rows.shape[0] or ends != sorted(set(ends)):
+            raise ValueError(f"label_ptr must rise from 0 to {label_rows.shape[0]}, got {ends}")

@@ -44,7 +44,8 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    """Stand-in with the signature of flash_attn 2.7 and 2.8 (flash_attn/flash_attn_interface.py).
+    """Stand-in with the signature of flash_attn 2.7 and 2.8 (flash_attn/flash_attn_interface.py,
+    read at Dao-AILab/flash-attention 0053002).
 
     Documented there: out (total, nheads, headdim) in the input dtype; softmax_lse (nheads,
     total_q), natural log; causal is aligned to the bottom right.
@@ -84,7 +85,8 @@ def memory_efficient_attention_partial(
     op: Any = None,
     output_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stand-in with the signature of xFormers 0.0.35 (xformers/ops/fmha/__init__.py), no bias.
+    """Stand-in with the signature of xFormers 0.0.35 (xformers/ops/fmha/__init__.py, read at
+    facebookresearch/xformers 135db2a2; later ones re-export it from the package mslk), no bias.
 
     [B, M, G, H, K] in, out in `output_dtype`, lse [B, G, H, M]: natural log, float64 for float32
     outputs as in its split-K kernel.

@@ -19,6 +19,7 @@ from arr_fast.engine.attention import dense_attention
 from arr_fast.engine.forest import PackedForest, PoolRun, pack_forest
 from arr_fast.engine.tree import build_tree
 from arr_fast.ops import prefix_attention
+from arr_fast.ops.prefix_attention import check_prefix_attention
 from tests.engine.test_tree import sequence
 
 WHOLE = 1 << 20
@@ -195,3 +196,54 @@ def test_bad_arguments_are_named(position: int, value: object, message: str) -> 
     args[position] = value
     with pytest.raises(ValueError, match=message):
         prefix_attention(*args)
+
+
+def table(*rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+# A root of 4 rows and two children of 3: the tables, and one change that breaks each.
+SEGMENTS = [0, 0, 0, 0, 4, 4, 4, 7, 7, 7]
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"own_start": [0, 0, 0, 0, 4, 4, 4, 7, 7, 10]}, r"own_start\[9\] is 10"),
+        ({"own_start": [0, 0, 0, 0, 4, 4, 4, 5, 5, 5]}, r"own_start\[7\] .* segments overlap"),
+        ({"own_start": [0, 0, 0, 0, 4, 4, 4, 7, 4, 7]}, r"own_start\[8\] .* segments overlap"),
+        ({"runs": table([0, 0, 11])}, r"runs\[0\] is \[0, 0, 11\]"),
+        ({"runs": table([1, 0, 4])}, "2 pool rows"),
+        ({"runs": table([2, 0, 4])}, r"runs\[0\]"),
+        ({"runs": table([0, 1, 4])}, r"runs\[0\] overlaps the segments of the tile at row 4"),
+        ({"tiles": table([0, 4, 0, 0, 1, -1], [4, 7, 0, 1, 1, -1])}, "tiles holds .* 10 new rows"),
+        ({"tiles": table([0, 4, 0, 0, 1, -1], [4, 6, 0, 2, 1, -1])}, "tiles holds .* 1 runs"),
+        ({"tiles": table([0, 5, 0, 0, 1, -1], [4, 6, 0, 1, 1, -1])}, "tiles overlap at row 4"),
+    ],
+)
+def test_broken_tables_are_named(change: dict[str, object], message: str) -> None:
+    tables = {
+        "own_start": SEGMENTS,
+        "runs": table([0, 0, 4]),
+        "tiles": table([0, 4, 0, 0, 1, -1], [4, 6, 0, 1, 1, -1], [0, 0, 0, 0, 0, -1]),
+    }
+
+    def call(tables: dict[str, object]) -> None:
+        start = torch.tensor(tables["own_start"], dtype=torch.int32)
+        rows, pool = torch.zeros(10, 2, 16), torch.zeros(2, 2, 16)
+        given = (start, tables["runs"], tables["tiles"])
+        prefix_attention(rows, rows, rows, pool, pool, *given, 0.25, "torch")
+
+    call(tables)
+    with pytest.raises(ValueError, match=message):
+        call(tables | change)
+
+
+def test_attention_on_another_device_is_named() -> None:
+    forest = forest_of(20, [4, 6])
+    args = [*tensors(forest, 4, 2, 16), *tables(forest)]
+    for position, name in ((1, "k"), (5, "own_start"), (7, "tiles")):
+        moved = list(args)
+        moved[position] = moved[position].to("meta")
+        with pytest.raises(ValueError, match=f"{name} is on meta, q is on cpu"):
+            check_prefix_attention(*moved)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from arr_fast.ops import torch_impl, verdict_head
+from arr_fast.ops.verdict_head import check_verdict_head
 
 EPS = 1e-6
 
@@ -90,6 +91,8 @@ def test_op_contract() -> None:
         (4, torch.zeros(4, 7), "label_rows must be"),
         (4, torch.zeros(4, 48, dtype=torch.float16), "label_rows is torch.float16"),
         (5, torch.zeros(3), "label_ptr must be int32"),
+        (5, torch.tensor([0, 3, 3, 4], dtype=torch.int32), "label_ptr must rise from 0 to 4"),
+        (5, torch.tensor([0, 2, 5], dtype=torch.int32), "label_ptr must rise from 0 to 4"),
         (6, torch.zeros(9, 5), "vocab_weight must be"),
         (7, "flash", "impl must be"),
     ],
@@ -100,3 +103,12 @@ def test_bad_arguments_are_named(position: int, value: object, message: str) -> 
     args[position] = value
     with pytest.raises(ValueError, match=message):
         verdict_head(*args)
+
+
+@pytest.mark.parametrize(("position", "name"), [(4, "label_rows"), (5, "label_ptr")])
+def test_labels_on_another_device_are_named(position: int, name: str) -> None:
+    x, norm, weight, ptr = case()
+    args = [x, norm, EPS, False, weight[:4], ptr, weight, "torch"]
+    args[position] = args[position].to("meta")
+    with pytest.raises(ValueError, match=f"{name} is on meta, hidden is on cpu"):
+        check_verdict_head(*args[:2], *args[4:7])
