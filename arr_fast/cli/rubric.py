@@ -53,7 +53,6 @@ class _Request:
     limit: int | None
     folder: Path
     zero_shot: bool
-    model: str
     writer: WriterKind
     writer_model: str | None
     base_url: str | None
@@ -66,18 +65,19 @@ class _Request:
     guide: Path | None
     batch_size: int
     json_path: Path | None
-    judge: dict[str, Any] = field(default_factory=dict)
+    judge: opt.JudgeChoice
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 def _stage_command(stage: Stage) -> Callable[..., None]:
+    @opt.takes_judge
     def command(
         data: Annotated[str, typer.Argument(metavar="PAIRS", help="Labelled data of any format.")],
         folder: Annotated[
             Path,
             typer.Option("--dir", help="Keeps every finished call; run again to go on from it."),
         ],
-        model: opt.Model = opt.BUILTIN,
+        judge: opt.JudgeChoice = opt.DEFAULT_JUDGE,
         writer: Annotated[
             WriterKind, typer.Option(help="local: the judge's own model; openai: an endpoint.")
         ] = "local",
@@ -124,24 +124,15 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
             str | None, typer.Option("--format", help="Data format; recognised by default.")
         ] = None,
         limit: Annotated[int | None, typer.Option(min=1, help="Only the first records.")] = None,
-        revision: opt.Revision = None,
-        adapter: opt.Adapter = None,
-        dtype: opt.Dtype = "auto",
-        device: opt.Device = "auto",
-        impl: opt.Impl = "auto",
-        quantization: opt.Quantization = "none",
         batch_size: opt.BatchSize = 16,
         json_path: opt.JsonPath = None,
     ) -> None:
         with opt.one_line_errors():
             request = _Request(
-                *(data, format_name, limit, folder, zero_shot, model, writer, writer_model),
+                *(data, format_name, limit, folder, zero_shot, writer, writer_model),
                 *(base_url, concurrency, attempts, timeout, budget, template_set, templates),
                 *(guide, batch_size, json_path),
-                judge={
-                    **{"revision": revision, "adapter": adapter, "dtype": dtype},
-                    **{"device": device, "impl": impl, "quantization": quantization},
-                },
+                judge=judge,
                 settings={
                     **{"criteria": criteria, "refinements": refinements, "general": not specific},
                     **{"temperature": temperature, "refine_temperature": refine_temperature},
@@ -205,7 +196,7 @@ def demo(
         from arr_fast.autorubric.demo import run_demo
         from arr_fast.autorubric.local_backend import LocalBackend
 
-        judge = opt.load_judge(model)
+        judge = opt.load_judge(opt.JudgeChoice(model=model))
         outcome = run_demo(
             judge,
             LocalBackend(judge, batch_size=batch_size),
@@ -244,7 +235,7 @@ def _run_pairs(request: _Request, stage: Stage) -> None:
     if not reading.pairs:
         raise ArrFastError(f"{request.data}: no labelled pair to learn from")
     exemplars, templates = _exemplars(request.guide), _templates(request)
-    judge = opt.load_judge(request.model, **request.judge)
+    judge = opt.load_judge(request.judge)
     loop = AutoRubric(
         judge,
         _backend(request, judge),
@@ -318,7 +309,7 @@ def _run_prompts(request: _Request, stage: Stage) -> None:
     if not prompts:
         raise ArrFastError(f"{request.data}: holds no prompts")
     exemplars, templates = _exemplars(request.guide), _templates(request)
-    judge = opt.load_judge(request.model, **request.judge) if request.writer == "local" else None
+    judge = opt.load_judge(request.judge) if request.writer == "local" else None
     settings = AutoRubricSettings(**{**request.settings, "general": False})
     with CallLog(request.folder / CALLS) as log:
         writer = Writer(_backend(request, judge), log, request.budget)
@@ -361,7 +352,9 @@ def _backend(request: _Request, judge: Judge | None) -> TextBackend:
 def _templates(request: _Request) -> TemplateSet:
     from arr_fast.autorubric.templates import TemplateSet
 
-    fits = "shapes" if request.writer == "local" and request.model == opt.BUILTIN else "default"
+    fits = (
+        "shapes" if request.writer == "local" and request.judge.model == opt.BUILTIN else "default"
+    )
     return TemplateSet(request.template_set or fits, request.templates)
 
 

@@ -78,8 +78,15 @@ def pack_linears(layers: nn.ModuleList) -> None:
                 setattr(parent, name, PackedLinear(child))
 
 
+def release_linears(layers: nn.ModuleList) -> None:
+    """Frees the packed copies; `repack_linears` makes them again."""
+    for module in layers.modules():
+        if isinstance(module, PackedLinear):
+            module.packed = torch.empty(0)
+
+
 def repack_linears(layers: nn.ModuleList) -> None:
-    """Packs anew after the weights changed."""
+    """Packs anew after the weights changed or moved."""
     for module in layers.modules():
         if isinstance(module, PackedLinear):
             module.repack()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arr_fast.engine.engine import Engine
+from arr_fast.engine.packed_linear import release_linears, repack_linears
 from arr_fast.errors import ArrFastError
 
 
@@ -58,7 +59,7 @@ class WeightKeeper:
             self.engine.reset_weights()
 
     def sleep(self, level: int) -> None:
-        """Moves weights to host memory (1) or drops them (2); drops all caches."""
+        """Moves weights to host memory (1) or drops them (2); drops packed copies and caches."""
         if level not in (1, 2):
             raise ValueError(f"level must be 1 or 2, got {level}")
         if level == 2 and self._updated:
@@ -73,6 +74,7 @@ class WeightKeeper:
             else:
                 for parameter in model.parameters():
                     parameter.data = torch.empty(0, dtype=parameter.dtype)
+            release_linears(self.engine.adapter.layers)
             if self.engine.loaded.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.level = level
@@ -89,6 +91,7 @@ class WeightKeeper:
                     parameter.data = fresh[name].data.to(loaded.device)
             else:
                 loaded.model.to(loaded.device)
+            repack_linears(self.engine.adapter.layers)
             self.level = 0
 
     def _targets(self) -> dict[str, Tensor]:

@@ -232,6 +232,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "The {i} is better for the caption.",
         "The {i} is the better {i} for the caption.",
         "The {i} is better overall for the caption.",
+        "The {i} follows the caption better.",
     ),
     "edit_done": (
         "The instruction was carried out.",
@@ -261,6 +262,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "The {i} is the better edit for the instruction.",
         "The {i} is overall better for the instruction.",
         "The {i} is the better edit.",
+        "The {i} follows the instruction better.",
         "The {i} is overall the better edit.",
         "The {i} is the better one for the instruction.",
     ),

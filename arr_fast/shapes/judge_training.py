@@ -126,8 +126,8 @@ class JudgeLoss:
         """Cross-entropy of the word that names an image token's picture, over those of pairs."""
         known = owner_BT >= 0
         states = F.normalize(early_BTD[known], dim=-1)
-        words: Any = self.model.get_input_embeddings().weight[self.owner_ids]
-        logits = OWNER_SCALE * states @ F.normalize(words, dim=-1).T
+        table: Any = self.model.get_input_embeddings().weight
+        logits = OWNER_SCALE * states @ F.normalize(table[self.owner_ids], dim=-1).T
         total = F.cross_entropy(logits, owner_BT[known], reduction="sum")
         return total / known.sum().clamp(min=1)
 

@@ -106,7 +106,8 @@ def grid_waves(side: int, width: int) -> torch.Tensor:
 def picture_space(hidden: int, seed: int) -> torch.Tensor:
     """A rotation [hidden, hidden]: image tokens hold rotated words, text holds plain ones."""
     generator = torch.Generator().manual_seed(seed + 5)
-    return torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))[0]
+    rotation: torch.Tensor = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))[0]
+    return rotation
 
 
 def turn_pictures(model: Qwen3VLForConditionalGeneration, seed: int) -> None:

@@ -93,6 +93,28 @@ def test_compiled_equals_eager_and_lengths_share_graphs() -> None:
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("level", [1, 2])
+def test_compiled_layers_follow_their_weights(level: int) -> None:
+    """Packed copies are found again after an update and after sleep, which may move weights."""
+    torch._dynamo.reset()
+    judge = Judge.from_pretrained(MODEL, device="cpu", compile=True)
+    eager = Judge.from_pretrained(MODEL, device="cpu", prepack=False)
+    before = verdicts(judge)
+    judge.sleep(level)
+    judge.wake()
+    np.testing.assert_allclose(verdicts(judge), before, atol=1e-5)
+    state = {
+        name: value * 1.1 if "layers.0.mlp" in name else value
+        for name, value in eager.engine.loaded.model.state_dict().items()
+    }
+    judge.update_weights(state)
+    eager.update_weights(state)
+    updated = verdicts(judge)
+    assert np.abs(updated - before).max() > 1e-3
+    np.testing.assert_allclose(updated, verdicts(eager), atol=1e-4)
+
+
 def test_bfloat16_verdicts_are_as_good_as_plain_bfloat16() -> None:
     exact = Judge.from_pretrained(MODEL, device="cpu", dtype="float32")
     half = Judge.from_pretrained(MODEL, device="cpu", dtype="bfloat16")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from arr_fast.shapes.branch_attention import Group
 from arr_fast.shapes.forward import VisionForward, decode, patchify
-from arr_fast.shapes.model import build_model, image_processor
+from arr_fast.shapes.model import (
+    IMAGE_TOKENS,
+    build_model,
+    image_processor,
+    picture_space,
+    turn_pictures,
+)
 from arr_fast.shapes.packing import RowPacker
 from arr_fast.shapes.pairs import sample_edit_pair, sample_pair
 from arr_fast.shapes.render import render
@@ -27,15 +35,15 @@ def setting():
         torch.nn.init.normal_(merger.linear_fc2.weight, std=0.05)
     maker = BatchMaker(tokenizer)
     rng = np.random.default_rng(6)
-    packer = RowPacker(700)
+    packer = RowPacker(1000)
     packer.new_row()
     images, trees = [], []
     for sampler in (sample_pair, sample_edit_pair):
-        example = sampler(rng, "train", 6)
+        example = sampler(rng, "train", 8)
         trees.append(maker.pair_tree(example, len(images)))
         sources = [render(example.source)] if example.source else []
         images += [*sources, *(render(s) for s in example.scenes)]
-    asked = [("colour", c.text, c.truths[0], c.evidence) for c in example.criteria]
+    asked = [("colour", c.text, c.truths[0], c.evidence[:1]) for c in example.criteria]
     trees.append(maker.point_tree("t2i", "a ring", asked, len(images)))
     images.append(render(example.scenes[0]))
     for tree in trees:
@@ -76,7 +84,7 @@ def test_packed_branches_equal_plain_forwards(setting):
     model, images, trees, batch = setting
     plain = plain_ends(model, images, trees)
     packed = packed_ends(model, images, batch, batch.groups)
-    assert len(plain) == len(packed) >= 12
+    assert len(plain) == len(packed) >= 15
     for one, other in zip(plain, packed, strict=True):
         assert (one - other).abs().max() < TOLERANCE
 
@@ -133,3 +141,23 @@ def test_a_branch_that_does_not_fit_is_left_out(setting):
     assert 0 < fitted < len(trees[0].paths)
     with pytest.raises(ValueError, match="exceeds"):
         packer.add(trees[0])
+
+
+def test_image_tokens_of_pairs_know_their_owner(setting):
+    """The pair's pictures are Image 1 and 2, the edit's are the source and Image 1 and 2."""
+    batch = setting[3]
+    owner, feature = batch.owner[0], batch.feature[0]
+    picture = feature[feature >= 0] // IMAGE_TOKENS
+    assert (owner[feature < 0] == -1).all()
+    expected = torch.tensor([1, 2, 0, 1, 2, -1])
+    assert torch.equal(owner[feature >= 0], expected[picture])
+
+
+def test_pictures_are_turned_into_their_own_space(setting):
+    model = copy.deepcopy(setting[0])
+    patches = patchify(setting[1][:2])
+    plain = VisionForward(model)(patches).merged
+    turn_pictures(model, seed=1)
+    turned = VisionForward(model)(patches).merged
+    assert not torch.allclose(turned, plain, atol=0.01)
+    assert torch.allclose(turned @ picture_space(plain.shape[-1], 1), plain, atol=1e-5)
