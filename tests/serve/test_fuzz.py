@@ -28,6 +28,7 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
     database=None,
 )
+# And 504, where a request asks for a deadline of its own that is too short.
 LEGAL = {200, 400, 401, 403, 404, 405, 413, 415, 422, 429}
 
 JSON = st.recursive(
@@ -65,7 +66,9 @@ def test_schemathesis_finds_no_500_on_any_route(server):
         @given(case=schema[path][method].as_strategy())
         def no_500(case):
             answer = case.call(base_url=server.url, timeout=60)
-            assert answer.status_code in LEGAL, (case.method, case.path, answer.text)
+            hasty = isinstance(case.body, dict) and (case.body.get("timeout_s") or 60) < 5
+            legal = {*LEGAL, 504} if hasty else LEGAL
+            assert answer.status_code in legal, (case.method, case.path, answer.text)
 
         no_500()
     assert server.http.post("/v1/judge/compare", json=compare_body()).status_code == 200
