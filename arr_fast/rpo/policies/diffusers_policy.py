@@ -286,17 +286,7 @@ class DiffusersPolicy:
         Raises:
             ArrFastError: The weights are missing or of other layers.
         """
-        state = self._saved_state(directory)
-        own = self._state_by_saved_name()
-        different = set(state) ^ set(own)
-        if different:
-            raise ArrFastError(
-                f"{directory} does not fit the policy: {len(different)} weights differ, such as "
-                f"{min(different)}"
-            )
-        with torch.no_grad():
-            for name, tensor in state.items():
-                own[name].copy_(tensor)
+        restore_weights(self._state_by_saved_name(), self._saved_state(directory), directory)
 
     def _saved_state(self, directory: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -365,3 +355,25 @@ class DiffusersPolicy:
     def _decode_pixels(self, latents: Tensor) -> Tensor:
         """[B, 3, height, width] in [-1, 1]."""
         raise NotImplementedError
+
+
+def restore_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: Path) -> None:
+    """Copies saved weights into a policy's own.
+
+    Args:
+        own: The policy's tensors by the names they are saved under.
+        saved: What was read.
+        source: Where from, for the message.
+
+    Raises:
+        ArrFastError: The names differ.
+    """
+    different = set(saved) ^ set(own)
+    if different:
+        raise ArrFastError(
+            f"{source} does not fit the policy: {len(different)} weights differ, such as "
+            f"{min(different)}"
+        )
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)

@@ -53,17 +53,15 @@ class FluxPolicy(DiffusersPolicy):
     def _predict(
         self, latents: Tensor, sigma: Tensor, conditions: Conditions, *, negative: bool
     ) -> Tensor:
-        embeds, pooled = conditions["prompt_embeds"], conditions["pooled"]
         if negative:
             assert self._negative is not None
-            embeds = self._negative["prompt_embeds"].expand_as(embeds)
-            pooled = self._negative["pooled"].expand_as(pooled)
+            conditions = {k: v.expand_as(conditions[k]) for k, v in self._negative.items()}
         velocity: Tensor = self.module(
             hidden_states=latents.to(self.dtype),
             timestep=sigma,
             guidance=self._guidance_input(latents.shape[0]),
-            pooled_projections=pooled,
-            encoder_hidden_states=embeds,
+            pooled_projections=conditions["pooled"],
+            encoder_hidden_states=conditions["prompt_embeds"],
             txt_ids=self._text_ids,
             img_ids=self._image_ids,
             return_dict=False,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from arr_fast.errors import ArrFastError
 from arr_fast.rpo.policies.base import Conditions
-from arr_fast.rpo.policies.diffusers_policy import LoraOptions
+from arr_fast.rpo.policies.diffusers_policy import LoraOptions, restore_weights
 from arr_fast.rpo.schedule import shifted_sigmas
 from arr_fast.shapes import generator_directory
 from arr_fast.shapes.generator import SHIFT, ShapesGenerator, word_ids
@@ -178,12 +178,4 @@ class ShapesPolicy:
         else:
             state = dict(ShapesGenerator.load(directory)[0].transformer.state_dict())
             own = dict(self.transformer.state_dict())
-        different = set(state) ^ set(own)
-        if different:
-            raise ArrFastError(
-                f"{directory} does not fit the policy: {len(different)} weights differ, such as "
-                f"{min(different)}"
-            )
-        with torch.no_grad():
-            for name, tensor in state.items():
-                own[name].copy_(tensor)
+        restore_weights(own, state, directory)
