@@ -155,6 +155,7 @@ def test_image_tokens_of_pairs_know_their_owner(setting):
 
 def test_pictures_are_turned_into_their_own_space(setting):
     model = copy.deepcopy(setting[0])
+    torch.nn.init.normal_(model.model.visual.merger.linear_fc2.bias)
     patches = patchify(setting[1][:2])
     plain = VisionForward(model)(patches).merged
     turn_pictures(model, seed=1)
