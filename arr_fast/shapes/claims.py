@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from arr_fast.shapes.captions import NUMBERS, Caption, Edit, Relation, relation_holds
+from arr_fast.shapes.captions import Caption, Edit, Relation, relation_holds
 from arr_fast.shapes.scene import Scene, SceneObject
 
 T2I_KINDS = (
@@ -79,76 +79,28 @@ class Claim:
         return _TRUTHS[self.kind](self, scene, context)
 
 
-AXES = {"left": ("left", "right"), "right": ("left", "right"), "top": ("top", "bottom")}
-AXES |= {"bottom": ("top", "bottom"), "above": ("above", "below"), "below": ("above", "below")}
-STATES = {
-    "sharpness": ("sharp", "blurry"),
-    "noise": ("clean", "noisy"),
-    "occlusion": ("free", "covered"),
-    "cut_off": ("whole", "cut"),
-}
-
-
-def evidence(claim: Claim, scene: Scene, context: Context) -> str:
-    """One word for what a picture shows where a claim looks.
-
-    The colour of the object that a claim about a colour names, the number of the objects that are
-    counted, the side on which something lies, "correct" or "wrong" where it takes more than a word.
-
-    Args:
-        claim: A claim whose truth on the scene is known.
-        scene: The picture.
-        context: Caption or edit.
-    """
-    truth = claim.truth(scene, context)
-    assert truth is not None, "an ambiguous claim has no evidence"
-    if scene.is_static:
-        return "noisy" if claim.kind == "noise" else "wrong"
-    if claim.kind in ("presence", "absence", "count"):
-        return NUMBERS[len(_matching(scene, claim.first))]
-    if claim.kind == "colour":
-        return _matching(scene, ("", claim.first[1]))[0].colour
-    if claim.kind == "size":
-        return _matching(scene, claim.first)[0].size
-    if claim.kind in ("position", "relation"):
-        return _side(claim.value, truth)
-    if claim.kind == "caption_relation":
-        relation = _caption(context).relation
-        assert relation is not None, "a claim about a relation is known only where there is one"
-        return _side(relation[1], truth)
-    if claim.kind in ("background", "caption_background"):
-        return scene.background
-    if claim.kind == "caption_count":
-        return NUMBERS[len(scene.objects)]
-    words = STATES.get(claim.kind, ("correct", "wrong"))
-    return words[0] if truth else words[1]
-
-
-def _side(value: str, truth: bool) -> str:
-    return value if truth else next(word for word in AXES[value] if word != value)
-
-
 def _on_static(kind: str) -> bool | None:
     """Pure noise shows nothing that a caption asks for."""
     return False if kind in FALSE_ON_STATIC else None
 
 
-def _matching(scene: Scene, kind: tuple[str, str]) -> list[SceneObject]:
+def matching(scene: Scene, kind: tuple[str, str]) -> list[SceneObject]:
+    """The objects of a (colour, shape); "" stands for "any"."""
     colour, shape = kind
     return [o for o in scene.objects if colour in ("", o.colour) and shape in ("", o.shape)]
 
 
 def _unique(scene: Scene, kind: tuple[str, str]) -> SceneObject | None:
-    found = _matching(scene, kind)
+    found = matching(scene, kind)
     return found[0] if len(found) == 1 else None
 
 
 def _presence(claim: Claim, scene: Scene, _: Context) -> bool | None:
-    return bool(_matching(scene, claim.first))
+    return bool(matching(scene, claim.first))
 
 
 def _absence(claim: Claim, scene: Scene, _: Context) -> bool | None:
-    return not _matching(scene, claim.first)
+    return not matching(scene, claim.first)
 
 
 def _colour(claim: Claim, scene: Scene, _: Context) -> bool | None:
@@ -162,7 +114,7 @@ def _size(claim: Claim, scene: Scene, _: Context) -> bool | None:
 
 
 def _count(claim: Claim, scene: Scene, _: Context) -> bool | None:
-    return len(_matching(scene, claim.first)) == int(claim.value)
+    return len(matching(scene, claim.first)) == int(claim.value)
 
 
 def _relation(claim: Claim, scene: Scene, _: Context) -> bool | None:
@@ -264,12 +216,14 @@ def _caption(context: Context) -> Caption:
     return context.caption
 
 
-def _near(scene: Scene, obj: SceneObject) -> SceneObject | None:
+def near(scene: Scene, obj: SceneObject) -> SceneObject | None:
+    """The object whose centre lies where the given one has its own."""
     close = [o for o in scene.objects if abs(o.x - obj.x) + abs(o.y - obj.y) < 0.02]
     return close[0] if close else None
 
 
-def _same(a: SceneObject | None, b: SceneObject) -> bool:
+def same(a: SceneObject | None, b: SceneObject) -> bool:
+    """Whether two objects agree in colour, shape and size."""
     return a is not None and a.kind == b.kind and a.size == b.size
 
 
@@ -281,15 +235,15 @@ def _edit_done(_claim: Claim, scene: Scene, context: Context) -> bool | None:
         assert edit.added is not None
         return scene.kinds()[edit.added.kind] > source.kinds()[edit.added.kind]
     target = source.objects[edit.target]
-    found = _near(scene, target)
+    found = near(scene, target)
     if edit.kind == "remove":
         return found is None
     if found is None:
         return None
     wanted = edit.apply(source).objects[edit.target]
-    if _same(found, wanted):
+    if same(found, wanted):
         return True
-    return False if _same(found, target) else None
+    return False if same(found, target) else None
 
 
 def _edit_kept(_claim: Claim, scene: Scene, context: Context) -> bool | None:
@@ -298,10 +252,10 @@ def _edit_kept(_claim: Claim, scene: Scene, context: Context) -> bool | None:
     if edit.kind != "background" and scene.background != source.background:
         return False
     others = [o for i, o in enumerate(source.objects) if i != edit.target]
-    if not all(_same(_near(scene, o), o) for o in others):
+    if not all(same(near(scene, o), o) for o in others):
         return False
     places = list(source.objects) + ([edit.added] if edit.added is not None else [])
-    return all(any(_near(scene, p) is o for p in places) for o in scene.objects)
+    return all(any(near(scene, p) is o for p in places) for o in scene.objects)
 
 
 def _edit_overall(claim: Claim, scene: Scene, context: Context) -> bool | None:

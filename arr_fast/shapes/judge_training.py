@@ -1,11 +1,14 @@
 """Stage 2: the decoder learns captions and verdicts together, on packed branches.
 
 Verdicts alone stay at chance for long: one bit each, behind a search, a comparison and a second
-search. Four helpers make them learnable, and none is kept in the checkpoint:
+search. Five helpers make them learnable, and none is kept in the checkpoint:
 
 - caption branches: what is in Image 1, what is in Image 2;
 - evidence: the tokens that end the user's turn hold, two layers before the end, one word for what
-  each picture shows where the criterion looks (the circle's colour, the number of stars);
+  each picture shows where the criterion looks (the circle's colour, the number of stars) and after
+  it what is wanted there;
+- cells: at half depth an image token of a judged picture says whether its place is as the caption
+  or the instruction wants it. A caption comes before its pictures, so only they can compare;
 - linear probes that read from the token before the label, at half depth and at the end, whether
   each picture meets the criterion;
 - owners: from the second layer on, image tokens hold the word that their picture goes by, "1", "2"
@@ -24,21 +27,22 @@ from torch.nn import functional as F
 from transformers import Qwen3VLForConditionalGeneration
 
 from arr_fast.prompts import PAIR_LABELS, POINT_LABELS
+from arr_fast.shapes.evidence import CELL_WORDS
 from arr_fast.shapes.forward import VisionForward, decode
 from arr_fast.shapes.packing import PackedBatch
 from arr_fast.shapes.rows import BatchMaker
 
 OWNER_LAYER, PROBE_LAYER, EVIDENCE_LAYER = 2, 3, 4
-OWNER_SCALE = 12.0
+IMAGE_SCALE = 12.0
 # A verdict is read this many tokens after the end of the user's turn.
 TURN_END = 4
-WEIGHTS = {"verdict": 1.5, "caption": 0.7, "evidence": 1.0, "probe": 0.5, "owner": 0.3}
+WEIGHTS = {"verdict": 1.5, "caption": 0.7, "evidence": 1.0, "probe": 0.5, "owner": 0.3, "cell": 0.5}
 MIX = {
-    "pair": 0.48,
-    "edit": 0.2,
+    "pair": 0.46,
+    "edit": 0.22,
     "point": 0.13,
-    "point_edit": 0.05,
-    "vqa": 0.06,
+    "point_edit": 0.06,
+    "vqa": 0.05,
     "write": 0.08,
 }
 
@@ -78,6 +82,7 @@ class JudgeLoss:
         self.pair_ids = torch.tensor([ids(v[0]) for v in PAIR_LABELS])
         self.point_ids = torch.tensor([ids(v[0]) for v in POINT_LABELS])
         self.owner_ids = torch.tensor([ids(word) for word in ("Source", "1", "2")])
+        self.cell_ids = torch.tensor([ids("Ġ" + word) for word in CELL_WORDS])
 
     def losses(self, batch: PackedBatch, patches: Tensor) -> dict[str, Tensor]:
         """Named losses; "loss" is their sum under WEIGHTS."""
@@ -97,7 +102,8 @@ class JudgeLoss:
             "caption": caption,
             "evidence": self._evidence_loss(batch, evidence),
             "probe": self.probes.loss(half[row, at], end, truths),
-            "owner": self._owner_loss(batch.owner, owner),
+            "owner": self._image_loss(batch.owner, owner, self.owner_ids),
+            "cell": self._image_loss(batch.cell, half, self.cell_ids),
         }
         total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
         return {"loss": torch.as_tensor(total), **losses}
@@ -107,9 +113,10 @@ class JudgeLoss:
         places: list[tuple[int, int]] = []
         words: list[int] = []
         for verdict, (row, at) in zip(batch.verdicts, batch.verdict_at.tolist(), strict=True):
-            for number, word in enumerate(verdict.evidence):
-                places.append((row, at - TURN_END + number))
-                words.append(self._word_id(word))
+            for number, word in (*enumerate(verdict.evidence), *enumerate(verdict.wanted, 2)):
+                if word:
+                    places.append((row, at - TURN_END + number))
+                    words.append(self._word_id(word))
         if not words:
             return states_BTD.new_zeros(())
         row, at = torch.tensor(places).T
@@ -122,13 +129,13 @@ class JudgeLoss:
         token: int = self.maker.tokenizer.convert_tokens_to_ids("Ġ" + word)
         return token
 
-    def _owner_loss(self, owner_BT: Tensor, early_BTD: Tensor) -> Tensor:
-        """Cross-entropy of the word that names an image token's picture, over those of pairs."""
-        known = owner_BT >= 0
-        states = F.normalize(early_BTD[known], dim=-1)
+    def _image_loss(self, wanted_BT: Tensor, states_BTD: Tensor, words: Tensor) -> Tensor:
+        """Cross-entropy of the word that an image token is to hold, over those that have one."""
+        known = wanted_BT >= 0
+        states = F.normalize(states_BTD[known], dim=-1)
         table: Any = self.model.get_input_embeddings().weight
-        logits = OWNER_SCALE * states @ F.normalize(table[self.owner_ids], dim=-1).T
-        total = F.cross_entropy(logits, owner_BT[known], reduction="sum")
+        logits = IMAGE_SCALE * states @ F.normalize(table[words], dim=-1).T
+        total = F.cross_entropy(logits, wanted_BT[known], reduction="sum")
         return total / known.sum().clamp(min=1)
 
     def _labels(self, batch: PackedBatch) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arr_fast.prompts import Part, PromptEncoder, TokenRun
 from arr_fast.shapes.branch_attention import Group, Span, make_group
+from arr_fast.shapes.evidence import UNKNOWN
 from arr_fast.shapes.model import IMAGE_TOKENS
 
 IMAGE_SIDE_TOKENS = 4
@@ -46,12 +47,14 @@ class Verdict:
         first: Target probability of the first label.
         truths: Truth on the first and second picture; nan where there is none.
         evidence: For each judged picture the word for what it shows; may be empty.
+        wanted: Up to two words for what is asked for; "" where one does not apply.
     """
 
     kind: str
     first: float
     truths: tuple[float, float] = (float("nan"), float("nan"))
     evidence: tuple[str, ...] = ()
+    wanted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Tree:
         verdicts: One per path, None for a caption branch.
         answers: For a caption branch the number of its last tokens that are predicted.
         pictures: Global indices of the tree's pictures within the batch.
+        pairwise: Whether its verdicts compare two pictures.
+        cells: For each of the last pictures its cells' indices into CELL_WORDS; may be empty.
     """
 
     paths: tuple[Path, ...]
@@ -72,6 +77,7 @@ class Tree:
     answers: tuple[int, ...]
     pictures: tuple[int, ...]
     pairwise: bool
+    cells: tuple[np.ndarray, ...] = ()
 
 
 def path_of(runs: Sequence[TokenRun], answer: Sequence[int] = ()) -> Path:
@@ -126,6 +132,7 @@ class PackedBatch:
         feature: int64 [B, T]; row of the batch's flat image features, -1 for text.
         owner: int64 [B, T]; 0 on the source picture of a pair, 1 and 2 on Image 1 and Image 2, -1
             elsewhere.
+        cell: int64 [B, T]; index into CELL_WORDS on image tokens, UNKNOWN elsewhere.
         verdict_at: int64 [V, 2] (row, token) where a label is read.
         verdicts: The V verdicts.
         pairwise: bool [V].
@@ -138,6 +145,7 @@ class PackedBatch:
     groups: tuple[Group, ...]
     feature: Tensor
     owner: Tensor
+    cell: Tensor
     verdict_at: Tensor
     verdicts: tuple[Verdict, ...]
     pairwise: Tensor
@@ -165,6 +173,7 @@ class RowPacker:
         row = {k: np.zeros(t, np.int64) for k in ("ids",)}
         row["feature"] = np.full(t, -1, np.int64)
         row["owner"] = np.full(t, -1, np.int64)
+        row["cell"] = np.full(t, UNKNOWN, np.int64)
         row["positions"] = np.zeros((3, t), np.int64)
         self.rows.append(row)
         self._used = 0
@@ -209,6 +218,9 @@ class RowPacker:
             row["feature"][self._used + here] = number * IMAGE_TOKENS + np.arange(len(here))
             if tree.pairwise:
                 row["owner"][self._used + here] = place + 3 - len(tree.pictures)
+            judged = place + len(tree.cells) - len(tree.pictures)
+            if judged >= 0 and len(here):
+                row["cell"][self._used + here] = tree.cells[judged]
         self._used += end - begin
         return Span((len(self.rows) - 1) * self.length + at.start, end - begin)
 
@@ -224,6 +236,7 @@ class RowPacker:
             groups=tuple(make_group(spans, dummy) for spans in sorted_spans),
             feature=stack["feature"],
             owner=stack["owner"],
+            cell=stack["cell"],
             verdict_at=torch.tensor(self._verdict_at, dtype=torch.int64).view(-1, 2),
             verdicts=tuple(self._verdicts),
             pairwise=torch.tensor(self._pairwise, dtype=torch.bool),

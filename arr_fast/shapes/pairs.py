@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from arr_fast.shapes.captions import RELATIONS, Edit, describe, sample_edit
-from arr_fast.shapes.claims import Claim, Context, evidence
+from arr_fast.shapes.claims import Claim, Context
+from arr_fast.shapes.evidence import evidence, wanted
 from arr_fast.shapes.grammar import wording
 from arr_fast.shapes.scene import (
     BACKGROUNDS,
@@ -51,12 +52,13 @@ KIND_WEIGHTS = {
 
 @dataclass(frozen=True, slots=True)
 class LabelledCriterion:
-    """A criterion's text with its truth on each picture, and the word for what each shows."""
+    """A criterion's text and its truth on each picture; words for what is shown and wanted."""
 
     claim: Claim
     text: str
     truths: tuple[bool, ...]
     evidence: tuple[str, ...]
+    wanted: tuple[str, ...]
 
     @property
     def kind(self) -> str:
@@ -207,6 +209,8 @@ CONTENT_CHANGES: tuple[Change, ...] = (
     _swap_colours,
     _repaint_background,
 )
+# What is amiss in a contrast: above all what a caption says of two objects at once.
+CONTRASTS = (0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.1)
 QUALITY_CHANGES: tuple[Change, ...] = (_blur, _grain, _hide, _cut)
 
 
@@ -333,17 +337,43 @@ def choose_criteria(
             if seen.get(claim.kind, 0) < allowance and all(c.claim != claim for c in chosen):
                 seen[claim.kind] = seen.get(claim.kind, 0) + 1
                 words = tuple(evidence(claim, scene, context) for scene in scenes)
-                chosen.append(LabelledCriterion(claim, wording(claim, rng, split), known, words))
+                asked = wanted(claim, context)
+                text = wording(claim, rng, split)
+                chosen.append(LabelledCriterion(claim, text, known, words, asked))
     return tuple(chosen)
 
 
+def _contrast(rng: np.random.Generator, base: Scene, split: Split) -> tuple[Scene, Scene]:
+    """The picture of a caption and the same one with a single thing amiss, in random order."""
+    other = None
+    while other is None:
+        change = CONTENT_CHANGES[int(rng.choice(len(CONTENT_CHANGES), p=CONTRASTS))]
+        other = change(rng, base, split)
+    return (base, other) if rng.random() < 0.5 else (other, base)
+
+
 def sample_pair(
-    rng: np.random.Generator, split: Split, limit: int, weights: dict[str, float] | None = None
+    rng: np.random.Generator,
+    split: Split,
+    limit: int,
+    weights: dict[str, float] | None = None,
+    contrasts: float = 0.0,
 ) -> Example:
-    """Two pictures for one caption, in random order."""
+    """Two pictures for one caption, in random order.
+
+    Args:
+        rng: Source of chance.
+        split: Of scenes and phrasings.
+        limit: How many criteria at most.
+        weights: Relative frequency of the kinds of criteria.
+        contrasts: Share of pairs that are the captioned scene and the same with one change.
+    """
     base = sample_scene(rng, split)
     caption = describe(rng, base)
-    scenes = (_picture(rng, base, split), _picture(rng, base, split))
+    if contrasts and rng.random() < contrasts:
+        scenes = _contrast(rng, base, split)
+    else:
+        scenes = (_picture(rng, base, split), _picture(rng, base, split))
     context = Context(caption=caption)
     criteria = choose_criteria(rng, scenes, context, split, limit, weights or {})
     return Example(caption.text(rng), context, scenes, criteria)
@@ -380,7 +410,7 @@ def sample_edit_pair(
 def single_picture(example: Example, which: int) -> Example:
     """The pointwise example of one picture of a pair, with the pair's criteria."""
     criteria = tuple(
-        replace(c, truths=(c.truths[which],), evidence=(c.evidence[which],))
+        replace(c, truths=(c.truths[which],), evidence=c.evidence[which : which + 1])
         for c in example.criteria
     )
     return replace(example, scenes=(example.scenes[which],), criteria=criteria)

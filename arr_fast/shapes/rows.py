@@ -16,6 +16,7 @@ from arr_fast.prompts import PromptEncoder
 from arr_fast.shapes import easy_vqa, writing
 from arr_fast.shapes.captions import NUMBERS
 from arr_fast.shapes.claims import Context
+from arr_fast.shapes.evidence import cell_words
 from arr_fast.shapes.forward import patchify
 from arr_fast.shapes.packing import (
     PackedBatch,
@@ -39,6 +40,7 @@ from arr_fast.shapes.render import render
 from arr_fast.shapes.scene import Scene, Split
 
 HOLISTIC_SHARE = 0.4
+CONTRAST_SHARE = 0.3
 REJECTED_SHARE = 0.3
 THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
 ROW_TOKENS = 352
@@ -47,8 +49,8 @@ CAPTION_TOKENS = 130
 READING_CRITERIA = 6
 LARGE_SIDES = (96, 128, 256)
 
-# Kind, criterion, truth, evidence.
-Asked = tuple[str, str, bool, tuple[str, ...]]
+# Kind, criterion, truth, evidence, wanted.
+Asked = tuple[str, str, bool, tuple[str, ...], tuple[str, ...]]
 
 
 def make_encoder(tokenizer: Any) -> PromptEncoder:
@@ -125,7 +127,13 @@ class BatchMaker:
             paths.append(encode_path(self.encoder, asked, count))
             a, b = (float(t) for t in criterion.truths)
             verdicts.append(
-                Verdict(criterion.kind, 0.5 + 0.5 * (a - b), (a, b), criterion.evidence)
+                Verdict(
+                    criterion.kind,
+                    0.5 + 0.5 * (a - b),
+                    (a, b),
+                    criterion.evidence,
+                    criterion.wanted,
+                )
             )
             answers.append(0)
         if together:
@@ -135,8 +143,15 @@ class BatchMaker:
             verdicts.insert(2, Verdict("holistic", 0.5 + 0.5 * float(np.sign(met[0] - met[1]))))
             answers.insert(2, 0)
         pictures = tuple(range(first_picture, first_picture + count))
-        prefix = shared_prefix(paths)
-        return Tree(tuple(paths), prefix, tuple(verdicts), tuple(answers), pictures, True)
+        return Tree(
+            tuple(paths),
+            shared_prefix(paths),
+            tuple(verdicts),
+            tuple(answers),
+            pictures,
+            True,
+            tuple(cell_words(scene, example.context) for scene in example.scenes),
+        )
 
     def writing_tree(
         self, rng: np.random.Generator, example: Example, first_picture: int, split: Split
@@ -179,19 +194,21 @@ class BatchMaker:
         caption: str,
         asked: Sequence[Asked],
         first_picture: int,
+        cells: tuple[np.ndarray, ...] = (),
     ) -> Tree:
         """One picture and what is asked about it."""
         parts = prompts.point_parts(task, caption)
         count = 1 if task == "t2i" else 2
-        leaves = [[*parts, prompts.criterion_leaf(text)] for _, text, _, _ in asked]
+        leaves = [[*parts, prompts.criterion_leaf(text)] for _, text, *_ in asked]
         paths = tuple(encode_path(self.encoder, leaf, count) for leaf in leaves)
         nan = float("nan")
         verdicts = tuple(
-            Verdict(kind, float(t), (float(t), nan), evidence) for kind, _, t, evidence in asked
+            Verdict(kind, float(t), (float(t), nan), shown, wanted)
+            for kind, _, t, shown, wanted in asked
         )
         pictures = tuple(range(first_picture, first_picture + count))
         prefix = shared_prefix(paths) if len(paths) > 1 else len(paths[0].ids) - 1
-        return Tree(paths, prefix, verdicts, (0,) * len(paths), pictures, False)
+        return Tree(paths, prefix, verdicts, (0,) * len(paths), pictures, False, cells)
 
     def batch(
         self, rng: np.random.Generator, rows: int, split: Split, mix: dict[str, float]
@@ -243,7 +260,9 @@ class BatchMaker:
             paths.append(encode_path(self.encoder, [*parts, leaf], 1))
             truth = float(criterion.truths[0])
             both = (truth, float("nan"))
-            verdicts.append(Verdict(criterion.kind, truth, both, criterion.evidence))
+            verdicts.append(
+                Verdict(criterion.kind, truth, both, criterion.evidence, criterion.wanted)
+            )
         answers = (len(answer), *[0] * len(chosen))
         prefix = shared_prefix(paths) if chosen else len(paths[0].ids) - len(answer) - 1
         return Tree(tuple(paths), prefix, tuple(verdicts), answers, (number,), False)
@@ -260,7 +279,9 @@ class BatchMaker:
             while packer.free > 130:
                 pool = easy_vqa.pictures("train")
                 picture = pool[int(rng.integers(len(pool)))]
-                asked: list[Asked] = [("easy_vqa", q.text, q.answer, ()) for q in picture.questions]
+                asked: list[Asked] = [
+                    ("easy_vqa", q.text, q.answer, (), ()) for q in picture.questions
+                ]
                 caption = easy_vqa.NEUTRAL_CAPTION
                 packer.add(self.point_tree("t2i", caption, asked, len(images)))
                 images.append(picture.load("train"))
@@ -268,9 +289,12 @@ class BatchMaker:
         if kind == "write":
             self._fill_writing(rng, packer, images, split)
             return
-        sampler = sample_edit_pair if kind in ("edit", "point_edit") else sample_pair
         while True:
-            example = sampler(rng, split, 16, KIND_WEIGHTS)
+            if kind in ("edit", "point_edit"):
+                example = sample_edit_pair(rng, split, 16, KIND_WEIGHTS)
+            else:
+                contrasts = CONTRAST_SHARE if split == "train" else 0.0
+                example = sample_pair(rng, split, 16, KIND_WEIGHTS, contrasts)
             if len(example.criteria) >= 4:
                 break
         side = 64 if rng.random() < 0.85 else int(rng.choice(LARGE_SIDES))
@@ -287,9 +311,11 @@ class BatchMaker:
         for which in (0, 1):
             single = single_picture(example, which)
             half: list[Asked] = [
-                (c.kind, c.text, c.truths[0], c.evidence) for c in single.criteria[which::2]
+                (c.kind, c.text, c.truths[0], c.evidence, c.wanted)
+                for c in single.criteria[which::2]
             ]
-            packer.add(self.point_tree(task, single.caption, half, len(images)))
+            cells = (cell_words(single.scenes[0], single.context),)
+            packer.add(self.point_tree(task, single.caption, half, len(images), cells))
             images += [*source, render(single.scenes[0], side)]
 
     def _fill_writing(

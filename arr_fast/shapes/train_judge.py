@@ -51,16 +51,16 @@ class Plan:
     """
 
     seed: int = 0
-    vision_steps: int = 2200
+    vision_steps: int = 2600
     vision_batch: int = 24
     reading_steps: int = 400
     reading_rows: int = 3
-    judge_steps: int = 2200
+    judge_steps: int = 5000
     judge_rows: int = 5
     workers: int = 2
-    every: int = 100
+    every: int = 200
     vision_check: int = 128
-    judge_check: int = 48
+    judge_check: int = 64
 
 
 def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> float:

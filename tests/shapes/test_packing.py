@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from arr_fast.shapes.branch_attention import Group
+from arr_fast.shapes.evidence import UNKNOWN, cell_words
 from arr_fast.shapes.forward import VisionForward, decode, patchify
 from arr_fast.shapes.model import (
     IMAGE_TOKENS,
@@ -43,8 +44,9 @@ def setting():
         trees.append(maker.pair_tree(example, len(images)))
         sources = [render(example.source)] if example.source else []
         images += [*sources, *(render(s) for s in example.scenes)]
-    asked = [("colour", c.text, c.truths[0], c.evidence[:1]) for c in example.criteria]
-    trees.append(maker.point_tree("t2i", "a ring", asked, len(images)))
+    asked = [("colour", c.text, c.truths[0], c.evidence[:1], c.wanted) for c in example.criteria]
+    cells = (cell_words(example.scenes[0], example.context),)
+    trees.append(maker.point_tree("t2i", "a ring", asked, len(images), cells))
     images.append(render(example.scenes[0]))
     for tree in trees:
         assert packer.add(tree) == len(tree.paths)
@@ -151,6 +153,20 @@ def test_image_tokens_of_pairs_know_their_owner(setting):
     assert (owner[feature < 0] == -1).all()
     expected = torch.tensor([1, 2, 0, 1, 2, -1])
     assert torch.equal(owner[feature >= 0], expected[picture])
+
+
+def test_image_tokens_of_judged_pictures_hold_their_cells(setting):
+    """Every judged picture's 16 cells in order; the source of an edit has none."""
+    _, _, trees, batch = setting
+    feature, cell = batch.feature[0], batch.cell[0]
+    assert (cell[feature < 0] == UNKNOWN).all()
+    picture = feature[feature >= 0] // IMAGE_TOKENS
+    words = cell[feature >= 0]
+    assert (words[picture == 2] == UNKNOWN).all()
+    for tree in trees:
+        for number, expected in zip(tree.pictures[-len(tree.cells) :], tree.cells, strict=True):
+            assert words[picture == number].tolist() == expected.tolist()
+    assert (words != UNKNOWN).sum() > 20
 
 
 def test_pictures_are_turned_into_their_own_space(setting):
