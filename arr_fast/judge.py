@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -254,15 +255,21 @@ class Judge:
         items = read_groups(prompts, groups, rubric, sources)
         sizes = [len(group) for group in groups]
         pairs = [list(combinations(range(size), 2)) for size in sizes]
-        legs = [[leg for i, j in each for leg in _pair_legs(orders, i, j)] for each in pairs]
+        # Neighbours share their first image, so that a group may be cut between any two of those.
+        legs = [
+            sorted((leg for pair in each for leg in _pair_legs(orders, *pair)), key=itemgetter(1))
+            for each in pairs
+        ]
         results = self._judge(items, legs, mode, label_mass, progress)
         flat_items, flat_results, index = [], [], []
-        per_pair = 2 if orders == "both" else 1
         for group, (item, result) in enumerate(zip(items, results, strict=True)):
-            for number, (i, j) in enumerate(pairs[group]):
-                span = slice(number * per_pair, (number + 1) * per_pair)
+            for i, j in pairs[group]:
                 flat_items.append(item)
-                flat_results.append(result[span] if isinstance(result, list) else result)
+                if isinstance(result, list):
+                    by_leg = dict(zip(legs[group], result, strict=True))
+                    flat_results.append([by_leg[leg] for leg in _pair_legs(orders, i, j)])
+                else:
+                    flat_results.append(result)
                 index.append((group, i, j))
         verdicts = pair_results(
             flat_items,

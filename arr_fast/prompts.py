@@ -1,13 +1,15 @@
 """Conversations: what a judge reads, which part of it is shared, and which labels are read.
 
 A conversation is one user turn (texts and image slots) plus the generation prompt, rendered by the
-checkpoint's own chat template. The task, the caption and the images come first and the criterion
-last, so that all criteria of a pair share one long prefix.
+checkpoint's own chat template. The task, the images and the caption come first and the criterion
+last, so that all criteria of a pair share one long prefix. The caption follows the images because a
+causal model's tokens see only what comes before them: so every word of it can look for what it
+names in the pictures.
 
 User text can never become a control token. The template is rendered once with private-use
 sentinels in place of every text; the rendering is split at the control tokens that the template
-itself wrote; only then are captions and criteria put in, and each run of text between two control
-tokens is encoded alone by a tokenizer that knows no added token at all.
+itself wrote; only then are captions and criteria put in, and each text is encoded alone by a
+tokenizer that knows no added token at all. So a criterion's ids do not depend on its caption.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from tokenizers import Tokenizer
 
 from arr_fast.errors import UnsupportedModelError
 
-TEMPLATE_VERSION = 1
+TEMPLATE_VERSION = 2
 
 PAIR_T2I = (
     "Compare two images made from a caption by the criterion given last, and by nothing else. "
@@ -57,6 +59,10 @@ class ImageSlot:
 
 
 Part = str | ImageSlot
+# Neighbouring texts, or an image slot.
+Group = tuple[str, ...] | ImageSlot
+# Stands for the leaf while the shared part is encoded.
+_LEAF = "\ue002"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +82,18 @@ class TokenRun:
 def pair_parts(task: Task, caption: str) -> list[Part]:
     """The shared part of a pairwise conversation; images are numbered in order of appearance."""
     if task == "t2i":
-        head = f"{PAIR_T2I}\nCaption: {caption}\nImage 1: "
-        return [head, ImageSlot(0), "\nImage 2: ", ImageSlot(1)]
-    head = f"{PAIR_EDIT}\nInstruction: {caption}\nSource image: "
-    return [head, ImageSlot(0), "\nImage 1: ", ImageSlot(1), "\nImage 2: ", ImageSlot(2)]
+        head, tail = f"{PAIR_T2I}\nImage 1: ", f"\nCaption: {caption}"
+        return [head, ImageSlot(0), "\nImage 2: ", ImageSlot(1), tail]
+    head, tail = f"{PAIR_EDIT}\nSource image: ", f"\nInstruction: {caption}"
+    return [head, ImageSlot(0), "\nImage 1: ", ImageSlot(1), "\nImage 2: ", ImageSlot(2), tail]
 
 
 def point_parts(task: Task, caption: str) -> list[Part]:
     """The shared part of a pointwise conversation; images are numbered in order of appearance."""
     if task == "t2i":
-        return [f"{POINT_T2I}\nCaption: {caption}\nImage: ", ImageSlot(0)]
-    head = f"{POINT_EDIT}\nInstruction: {caption}\nSource image: "
-    return [head, ImageSlot(0), "\nImage: ", ImageSlot(1)]
+        return [f"{POINT_T2I}\nImage: ", ImageSlot(0), f"\nCaption: {caption}"]
+    head, tail = f"{POINT_EDIT}\nSource image: ", f"\nInstruction: {caption}"
+    return [head, ImageSlot(0), "\nImage: ", ImageSlot(1), tail]
 
 
 def criterion_leaf(text: str) -> str:
@@ -169,49 +175,54 @@ class PromptEncoder:
         Returns:
             The token runs of the whole conversation, in order.
         """
-        merged = _merge_texts(parts)
-        runs, tail = self._runs(self._skeleton(merged), merged, image_features)
+        groups = _group_texts(parts)
+        runs, tail = self._runs(self._skeleton(groups), groups, image_features)
         return [*runs, TokenRun(_frozen(tail))] if tail else runs
 
     def encode_leaves(
         self, parts: Sequence[Part], leaves: Sequence[str], image_features: Sequence[int]
     ) -> tuple[list[TokenRun], list[np.ndarray]]:
-        """Encodes conversations that differ only in the text after their last image.
+        """Encodes conversations that differ only in a last text.
 
         Args:
-            parts: The shared part; it ends with an image slot.
+            parts: The shared part; at least one image slot.
             leaves: The text that each conversation adds.
             image_features: Number of features of each image of the item.
 
         Returns:
-            (runs up to the last image's features, int64 ids of the rest of each conversation).
+            (runs of the shared part, int64 ids of the rest of each conversation).
         """
-        if not isinstance(parts[-1], ImageSlot):
-            raise ValueError("the shared part must end with an image slot")
-        shared = _merge_texts([*parts, ""])
-        pieces = self._skeleton(shared)
+        if not any(isinstance(part, ImageSlot) for part in parts):
+            raise ValueError("the shared part needs an image slot")
+        groups = _group_texts([*parts, _LEAF])
+        pieces = self._skeleton(groups)
         last_image = max(i for i, piece in enumerate(pieces) if piece == self.image_token)
-        runs, after = self._runs(pieces[: last_image + 1], shared, image_features)
-        texts = [p for p in shared if isinstance(p, str)]
-        tails = []
-        for leaf in leaves:
-            tail = [*after]
-            for piece in pieces[last_image + 1 :]:
-                tail += self._piece_ids(piece, [*texts[:-1], leaf])
-            tails.append(_frozen(tail))
+        runs, shared = self._runs(pieces[: last_image + 1], groups, image_features)
+        texts = [group for group in groups if isinstance(group, tuple)]
+        chunks = [c for piece in pieces[last_image + 1 :] for c in self._chunks(piece, texts)]
+        # A caption may hold the mark as well; the leaf comes after every caption.
+        at = max(i for i, c in enumerate(chunks) if isinstance(c, str) and _LEAF in c)
+        for chunk in chunks[:at]:
+            shared += self._chunk_ids(chunk)
+        if shared:
+            runs.append(TokenRun(_frozen(shared)))
+        before, after = str(chunks[at]).split(_LEAF)
+        end = [token for chunk in chunks[at + 1 :] for token in self._chunk_ids(chunk)]
+        tails = [_frozen([*self._encode_text(before + leaf + after), *end]) for leaf in leaves]
         return runs, tails
 
     def _runs(
-        self, pieces: Sequence[str], parts: Sequence[Part], image_features: Sequence[int]
+        self, pieces: Sequence[str], groups: Sequence[Group], image_features: Sequence[int]
     ) -> tuple[list[TokenRun], list[int]]:
         """Runs of the pieces, and the ids after the last image."""
-        slots = iter([p for p in parts if isinstance(p, ImageSlot)])
-        texts = [p for p in parts if isinstance(p, str)]
+        slots = iter([group for group in groups if isinstance(group, ImageSlot)])
+        texts = [group for group in groups if isinstance(group, tuple)]
         runs: list[TokenRun] = []
         pending: list[int] = []
         for piece in pieces:
             if piece != self.image_token:
-                pending += self._piece_ids(piece, texts)
+                for chunk in self._chunks(piece, texts):
+                    pending += self._chunk_ids(chunk)
                 continue
             slot = next(slots)
             for ids, holds_features in self._expand_image(image_features[slot.index]):
@@ -224,10 +235,21 @@ class PromptEncoder:
                 runs.append(TokenRun(_frozen(ids), slot.index))
         return runs, pending
 
-    def _piece_ids(self, piece: str, texts: Sequence[str]) -> Sequence[int]:
+    def _chunks(self, piece: str, texts: Sequence[tuple[str, ...]]) -> list[str | int]:
+        """A piece of the template as control ids and texts that are each encoded alone."""
         if piece in self._added:
-            return (self._added[piece],)
-        return self._encode_text(_fill(piece, texts))
+            return [self._added[piece]]
+        literal, *rest = _SENTINEL.split(piece)
+        chunks = [literal]
+        for number, following in zip(rest[::2], rest[1::2], strict=True):
+            first, *others = texts[int(number)]
+            chunks[-1] += first
+            chunks += others
+            chunks[-1] += following
+        return [chunk for chunk in chunks if chunk]
+
+    def _chunk_ids(self, chunk: str | int) -> Sequence[int]:
+        return (chunk,) if isinstance(chunk, int) else self._encode_text(chunk)
 
     def label_ids(
         self, labels: Sequence[Sequence[str]], *, parts: Sequence[Part]
@@ -242,11 +264,10 @@ class PromptEncoder:
             UnsupportedModelError: A variant is not exactly one token after the prompt, or two
                 labels share a token.
         """
-        merged = _merge_texts(parts)
-        pieces = self._skeleton(merged)
-        texts = [p for p in merged if isinstance(p, str)]
-        last = pieces[-1]
-        tail = "" if last in self._added else _fill(last, texts)
+        groups = _group_texts(parts)
+        texts = [group for group in groups if isinstance(group, tuple)]
+        last = self._chunks(self._skeleton(groups)[-1], texts)[-1]
+        tail = last if isinstance(last, str) else ""
         before = self._encode_text(tail)
         found: list[tuple[int, ...]] = []
         for variants in labels:
@@ -273,9 +294,9 @@ class PromptEncoder:
     def _encode_text_uncached(self, text: str) -> tuple[int, ...]:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)
 
-    def _skeleton(self, parts: Sequence[Part]) -> list[str]:
+    def _skeleton(self, groups: Sequence[Group]) -> list[str]:
         """The rendered template as control tokens and text pieces that still hold sentinels."""
-        shape = "".join("t" if isinstance(p, str) else "i" for p in parts)
+        shape = "".join("t" if isinstance(group, tuple) else "i" for group in groups)
         if shape not in self._skeletons:
             self._skeletons[shape] = self._render(shape)
         return self._skeletons[shape]
@@ -321,15 +342,17 @@ class PromptEncoder:
         return rendered.rstrip("\n") + "\n\n</think>\n\n"
 
 
-def _merge_texts(parts: Sequence[Part]) -> list[Part]:
-    """Joins neighbouring texts, so that a run of text is encoded as one."""
-    merged: list[Part] = []
+def _group_texts(parts: Sequence[Part]) -> list[Group]:
+    """Joins neighbouring texts: one text of the template, each member encoded alone."""
+    groups: list[Group] = []
     for part in parts:
-        if isinstance(part, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += part
+        if isinstance(part, ImageSlot):
+            groups.append(part)
+        elif groups and isinstance(groups[-1], tuple):
+            groups[-1] = (*groups[-1], part)
         else:
-            merged.append(part)
-    return merged
+            groups.append((part,))
+    return groups
 
 
 _SENTINEL = re.compile("\ue000([0-9]+)\ue001")
@@ -337,10 +360,6 @@ _SENTINEL = re.compile("\ue000([0-9]+)\ue001")
 
 def _sentinel(number: int) -> str:
     return f"\ue000{number}\ue001"
-
-
-def _fill(piece: str, texts: Sequence[str]) -> str:
-    return _SENTINEL.sub(lambda match: texts[int(match.group(1))], piece)
 
 
 def _frozen(ids: Sequence[int]) -> np.ndarray:

@@ -115,8 +115,28 @@ def test_runs_mark_images_in_order(prompts: PromptEncoder) -> None:
     assert not runs[0].ids.flags.writeable
 
 
-def test_leaves_need_a_final_image(prompts: PromptEncoder) -> None:
-    with pytest.raises(ValueError, match="must end with an image slot"):
+@pytest.mark.parametrize("ending", ["", ".", "!\n", "\ue002", "Criterion: x"])
+def test_a_criterion_is_encoded_alone(prompts: PromptEncoder, ending: str) -> None:
+    """Its ids are those after another caption, and the caption's own come right before."""
+    leaf = criterion_leaf("It is sharp.")
+    _, (plain,) = prompts.encode_leaves(pair_parts("t2i", "a red circle"), [leaf], [2, 2])
+    parts = pair_parts("t2i", "a red circle" + ending)
+    runs, (tail,) = prompts.encode_leaves(parts, [leaf], [2, 2])
+    assert tail.tolist() == plain.tolist()
+    assert runs[-1].image == -1 and runs[-2].image == 1
+    assert prompts.tokenizer.decode(runs[-1].ids).endswith("\nCaption: a red circle" + ending)
+
+
+def test_captions_and_instructions_follow_the_images() -> None:
+    for parts in (pair_parts("t2i", "a cat"), point_parts("t2i", "a cat")):
+        assert [p for p in parts if isinstance(p, str)][-1] == parts[-1] == "\nCaption: a cat"
+    for parts in (pair_parts("edit", "cut"), point_parts("edit", "cut")):
+        assert parts[-1] == "\nInstruction: cut"
+        assert parts[-2] == ImageSlot(sum(isinstance(p, ImageSlot) for p in parts) - 1)
+
+
+def test_leaves_need_an_image(prompts: PromptEncoder) -> None:
+    with pytest.raises(ValueError, match="needs an image slot"):
         prompts.encode_leaves(["text"], ["leaf"], [])
 
 

@@ -37,6 +37,9 @@ logger = logging.getLogger("arr_fast")
 LabelIds = tuple[tuple[int, ...], ...]
 # Label sets whose rows are kept gathered; a server's clients may bring any number of sets.
 _MOST_HEADS = 64
+# On a CPU: bytes of one forward's hidden states, and rows that one forward holds all the same.
+_CACHED_BYTES = 4 << 20
+_LEAST_CACHED_ROWS = 1024
 
 
 @dataclass
@@ -198,10 +201,12 @@ class Engine:
             head = self._head(labels, label_mass)
             pending = _Pending()
             failed: dict[int, BaseException] = {}
-            budget = self._batch_rows()
-            units = [unit for i, paths in enumerate(items) for unit in cut_item(i, paths, budget)]
+            budget, piece = self._batch_rows()
+            units = [
+                unit for i, paths in enumerate(items) for unit in cut_item(i, paths, budget, piece)
+            ]
             rows = [unit.rows for unit in units]
-            for batch in token_batches(rows, budget):
+            for batch in token_batches(rows, piece):
                 work = [(units[n].item, j) for n in batch for j in units[n].paths]
                 self._run(items, work, head, table, features, pending, failed)
                 if progress is not None:
@@ -342,13 +347,22 @@ class Engine:
             )
         return self._heads[key]
 
-    def _batch_rows(self) -> int:
+    def _batch_rows(self) -> tuple[int, int]:
+        """(rows that one forward may hold, rows from which on work is cut where that is free).
+
+        On a CPU one forward's rows should stay in the cache; a GPU wants as many as fit.
+        """
         if self.config.max_batch_rows is not None:
-            return self.config.max_batch_rows
-        budget = self.config.activation_bytes or 2 << 30
-        if self.config.activation_bytes is None and self.loaded.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.loaded.device)[0] // 2
-        return max(1, budget // self.row_bytes())
+            return self.config.max_batch_rows, self.config.max_batch_rows
+        on_gpu = self.loaded.device.type == "cuda"
+        memory = self.config.activation_bytes or 2 << 30
+        if self.config.activation_bytes is None and on_gpu:
+            memory = torch.cuda.mem_get_info(self.loaded.device)[0] // 2
+        budget = max(1, memory // self.row_bytes())
+        if on_gpu:
+            return budget, budget
+        hidden = int(self.adapter.text_config.hidden_size) * self.loaded.dtype.itemsize
+        return budget, min(budget, max(_LEAST_CACHED_ROWS, _CACHED_BYTES // hidden))
 
     def row_bytes(self) -> int:
         """Bytes of activations that one row needs at the widest point of a decoder layer."""

@@ -96,15 +96,44 @@ def build_paths(
     return paths
 
 
+class RowCounter:
+    """An upper bound on the rows of an item's paths: each shared part once, and every tail.
+
+    Paths of one item share their text, so what precedes the end of an image is known by the images
+    up to there.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._seen: dict[tuple[str, ...], int] = {}
+
+    def added_by(self, path: Path) -> int:
+        """Rows that a path would add."""
+        return sum(rows for _, rows in self._parts(path)) + len(path.sequence) - path.shared
+
+    def add(self, path: Path) -> None:
+        """Counts a path."""
+        self.rows += self.added_by(path)
+        self._seen |= {key: self._seen.get(key, 0) + rows for key, rows in self._parts(path)}
+
+    def _parts(self, path: Path) -> list[tuple[tuple[str, ...], int]]:
+        ends = [0, *(row + count for row, count in path.spans), path.shared]
+        hashes = tuple(image.content_hash for image in path.images)
+        # The text after the last image has a key of its own.
+        keys = [hashes[: number + 1] for number in range(len(hashes))] + [(*hashes, "")]
+        lengths = [end - begin for begin, end in pairwise(ends)]
+        return [
+            (key, max(0, length - self._seen.get(key, 0)))
+            for key, length in zip(keys, lengths, strict=True)
+        ]
+
+
 def estimate_rows(paths: Sequence[Path]) -> int:
-    """An upper bound on the rows of an item: its distinct shared parts and its tails."""
-    shared: dict[tuple[str, ...], int] = {}
-    rows = 0
+    """An upper bound on the rows of an item; see `RowCounter`."""
+    counter = RowCounter()
     for path in paths:
-        key = tuple(image.content_hash for image in path.images)
-        shared[key] = max(shared.get(key, 0), path.shared)
-        rows += len(path.sequence) - path.shared
-    return rows + sum(shared.values())
+        counter.add(path)
+    return counter.rows
 
 
 def token_batches(rows: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -131,25 +160,36 @@ class WorkUnit:
     is_last: bool
 
 
-def cut_item(item: int, paths: Sequence[Path], budget: int) -> list[WorkUnit]:
-    """Cuts an item whose paths exceed the budget; neighbours share most, so order is kept."""
-    rows = estimate_rows(paths)
-    if rows <= budget or len(paths) == 1:
-        return [WorkUnit(item, range(len(paths)), rows, True)] if paths else []
+def cut_item(item: int, paths: Sequence[Path], budget: int, piece: int) -> list[WorkUnit]:
+    """Cuts an item into units that each fit a budget; neighbours share most, so order is kept.
+
+    Args:
+        item: Its number.
+        paths: Its conversations.
+        budget: Rows that one forward may hold; a single path may exceed it.
+        piece: Rows from which on the item is also cut between paths that share hardly anything
+            (pairs of a group with different first images), which costs nothing.
+    """
     units: list[WorkUnit] = []
-    begin = 0
-    while begin < len(paths):
-        low, high = begin + 1, len(paths)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if estimate_rows(paths[begin:middle]) <= budget:
-                low = middle
-            else:
-                high = middle - 1
-        count = estimate_rows(paths[begin:low])
-        units.append(WorkUnit(item, range(begin, low), count, low == len(paths)))
-        begin = low
+    begin, counter = 0, RowCounter()
+    for number, path in enumerate(paths):
+        rows = counter.rows + counter.added_by(path)
+        if number > begin and (
+            rows > budget or (rows > piece and _is_cheap(paths[number - 1], path, counter.rows))
+        ):
+            units.append(WorkUnit(item, range(begin, number), counter.rows, False))
+            begin, counter = number, RowCounter()
+        counter.add(path)
+    if paths:
+        units.append(WorkUnit(item, range(begin, len(paths)), counter.rows, True))
     return units
+
+
+def _is_cheap(last: Path, path: Path, rows: int) -> bool:
+    """Whether a forward of `rows` rows may end between two paths: they share under a twentieth."""
+    shared = min(len(last.sequence), len(path.sequence))
+    differ = last.sequence.keys[:shared] != path.sequence.keys[:shared]
+    return bool(differ.any()) and int(differ.argmax()) * 20 <= rows
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from torch import Tensor
 _VOCAB_CHUNK = 8192
 # Segments are padded to a common length only while padding adds at most this share of rows.
 _MAX_PADDING = 0.35
+# Rows of a causal block. PyTorch's CPU flash kernel computes a causal product in key blocks of 512,
+# hidden or not; cutting the rows leaves out most of what is hidden.
+_CAUSAL_ROWS = 96
 
 
 def prefix_attention_torch(
@@ -159,7 +162,7 @@ def _own_part(
     if len(batch) == 1:
         start, row, stop = batch[0]
         query, key, value = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
-        out, lse = _flash(query, key, value, scale, is_causal=True)
+        out, lse = _causal(query, key, value, scale)
         wanted = slice(row - start, stop - start)
         return slice(row, stop), out[0].transpose(0, 1)[wanted], lse[0].transpose(0, 1)[wanted]
     longest = max(stop - start for start, _, stop in batch)
@@ -167,12 +170,31 @@ def _own_part(
     offset = bounds[:, :1] + torch.arange(longest, device=device)
     index = torch.minimum(offset, bounds[:, 2:] - 1)
     query, key, value = (x[index].transpose(1, 2) for x in (q, k, v))
-    out, lse = _flash(query, key, value, scale, is_causal=True)
+    out, lse = _causal(query, key, value, scale)
     is_wanted = (offset >= bounds[:, 1:2]) & (offset < bounds[:, 2:])
     chosen = is_wanted.flatten().nonzero().squeeze(-1)
     rows = index.flatten()[chosen]
     out = out.transpose(1, 2).flatten(0, 1)[chosen]
     return rows, out, lse.transpose(1, 2).flatten(0, 1)[chosen]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`_flash` with a causal mask over equally many rows and keys; long ones in blocks of rows."""
+    rows = q.shape[2]
+    if q.device.type != "cpu" or rows < 2 * _CAUSAL_ROWS:
+        return _flash(q, k, v, scale, is_causal=True)
+    parts = []
+    for first in range(0, rows, _CAUSAL_ROWS):
+        block = slice(first, first + _CAUSAL_ROWS)
+        out, lse = _flash(q[:, :, block], k[:, :, block], v[:, :, block], scale, is_causal=True)
+        if first:
+            before = slice(first)
+            past, past_lse = _flash(q[:, :, block], k[:, :, before], v[:, :, before], scale)
+            weight = torch.sigmoid(past_lse - lse).unsqueeze(-1)
+            out = torch.lerp(out.float(), past.float(), weight).to(out.dtype)
+            lse = torch.logaddexp(lse, past_lse)
+        parts.append((out, lse))
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
 def _flash(

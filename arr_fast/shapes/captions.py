@@ -110,21 +110,28 @@ class Caption:
         return text + "." if rng.random() < 0.3 else text
 
 
-def describe(rng: np.random.Generator, scene: Scene) -> Caption:
-    """A caption that a scene satisfies."""
+def describe(rng: np.random.Generator, scene: Scene, full: float = 0.0) -> Caption:
+    """A caption that a scene satisfies.
+
+    Args:
+        rng: Source of chance.
+        scene: What it describes.
+        full: Chance that relation and background are named for certain, where they can be.
+    """
+    certain = full > 0 and rng.random() < full
     order = rng.permutation(len(scene.objects))
     objects = [scene.objects[int(i)] for i in order]
     kinds = tuple(o.kind for o in objects)
     relation: tuple[int, Relation, int] | None = None
     counts = Counter(kinds)
     single = [i for i, k in enumerate(kinds) if counts[k] == 1]
-    if len(single) >= 2 and rng.random() < 0.6:
+    if len(single) >= 2 and (rng.random() < 0.6 or certain):
         i, j = single[0], single[1]
         true = [r for r in RELATIONS if relation_holds(objects[i], r, objects[j])]
         if true:
             relation = (i, true[int(rng.integers(len(true)))], j)
     sizes = tuple(o.size for o in objects) if rng.random() < 0.4 else None
-    background = scene.background if rng.random() < 0.5 else None
+    background = scene.background if rng.random() < 0.5 or certain else None
     return Caption(kinds, sizes, relation, background)
 
 

@@ -1,5 +1,5 @@
 """What a verdict rests on, in single words: what a picture shows where a criterion looks, what the
-criterion or the caption wants there, and how every cell of a picture stands to its caption.
+criterion or the caption wants there, and which cells of an edited picture are as in the source.
 
 Training aims at these beside the verdicts; nothing at inference reads them.
 """
@@ -22,9 +22,8 @@ STATES = {
     "cut_off": ("whole", "cut"),
 }
 
-# The words of a cell: as the caption (or the instruction) wants it, not so, the right object in
-# the wrong size, as in the source picture.
-CELL_WORDS = ("correct", "wrong", "size", "kept")
+# The words of a cell of an edited picture: as in the source, or not.
+CELL_WORDS = ("kept", "changed")
 GRID = 4
 UNKNOWN = -100
 # An object that covers fewer of a cell's 256 pixels is not what the cell shows.
@@ -175,45 +174,21 @@ def _cell_contents(scene: Scene) -> list[tuple[str, ...]]:
 
 
 def cell_words(scene: Scene, context: Context) -> np.ndarray:
-    """How each of a picture's 16 cells stands to the caption or edit.
+    """Which of an edited picture's 16 cells are as in its source.
 
     Args:
         scene: A judged picture.
         context: Caption, or source and edit.
 
     Returns:
-        int64 [16]: index into CELL_WORDS, UNKNOWN where nothing can be said (thin borders,
-        backgrounds that the caption does not name, pictures that are not legible).
+        int64 [16]: index into CELL_WORDS, UNKNOWN where nothing can be said: thin borders, pictures
+        that are not legible, pictures without a source.
     """
     out = np.full(GRID * GRID, UNKNOWN, np.int64)
-    if not scene.is_legible:
+    if context.source is None or not scene.is_legible:
         return out
-    if context.edit is not None:
-        assert context.source is not None, "an edit has a source"
-        before = _cell_contents(context.source)
-        goal = _cell_contents(context.edit.apply(context.source))
-        for cell, (is_, was, ought) in enumerate(
-            zip(_cell_contents(scene), before, goal, strict=True)
-        ):
-            if is_ and was and ought:
-                out[cell] = (3 if ought == was else 0) if is_ == ought else 1
-        return out
-    caption = context.caption
-    if caption is None:
-        return out
-    for cell, content in enumerate(_cell_contents(scene)):
-        if len(content) == 1 and caption.background is not None:
-            out[cell] = int(content[0] != caption.background)
-        elif len(content) == 3:
-            out[cell] = _object_word(content, caption)
+    pairs = zip(_cell_contents(scene), _cell_contents(context.source), strict=True)
+    for cell, (now, before) in enumerate(pairs):
+        if now and before:
+            out[cell] = int(now != before)
     return out
-
-
-def _object_word(content: tuple[str, ...], caption: Caption) -> int:
-    colour, shape, size = content
-    if (colour, shape) not in caption.kinds:
-        return 1
-    if caption.sizes is None:
-        return 0
-    fits = {(*k, s) for k, s in zip(caption.kinds, caption.sizes, strict=True)}
-    return 0 if (colour, shape, size) in fits else 2

@@ -7,8 +7,8 @@ search. Five helpers make them learnable, and none is kept in the checkpoint:
 - evidence: the tokens that end the user's turn hold, two layers before the end, one word for what
   each picture shows where the criterion looks (the circle's colour, the number of stars) and after
   it what is wanted there;
-- cells: at half depth an image token of a judged picture says whether its place is as the caption
-  or the instruction wants it. A caption comes before its pictures, so only they can compare;
+- cells: at half depth an image token of an edited picture says whether its place is as in the
+  source;
 - linear probes that read from the token before the label, at half depth and at the end, whether
   each picture meets the criterion;
 - owners: from the second layer on, image tokens hold the word that their picture goes by, "1", "2"
@@ -38,13 +38,16 @@ IMAGE_SCALE = 12.0
 TURN_END = 4
 WEIGHTS = {"verdict": 1.5, "caption": 0.7, "evidence": 1.0, "probe": 0.5, "owner": 0.3, "cell": 0.5}
 MIX = {
-    "pair": 0.46,
-    "edit": 0.22,
+    "pair": 0.48,
+    "edit": 0.2,
     "point": 0.13,
-    "point_edit": 0.06,
-    "vqa": 0.05,
+    "point_edit": 0.05,
+    "vqa": 0.06,
     "write": 0.08,
 }
+# The last stage: whole captions and instructions, once single objects are read well.
+WHOLE_MIX = {**MIX, "pair": 0.43, "edit": 0.26, "point_edit": 0.06, "vqa": 0.05, "write": 0.07}
+CONTRASTS = 0.5
 
 
 class TruthProbes(nn.Module):
@@ -68,7 +71,15 @@ class TruthProbes(nn.Module):
 
 
 class JudgeLoss:
-    """The losses of stage 2 over a packed batch."""
+    """The losses of stage 2 over a packed batch.
+
+    Args:
+        model: The judge.
+        vision: Its tower.
+        probes: Linear probes of the truth.
+        maker: Made the batches.
+        whole: Also teach what is wanted, and how cells stand to their caption.
+    """
 
     def __init__(
         self,
@@ -76,8 +87,11 @@ class JudgeLoss:
         vision: VisionForward,
         probes: TruthProbes,
         maker: BatchMaker,
+        *,
+        whole: bool = False,
     ) -> None:
         self.model, self.vision, self.probes, self.maker = model, vision, probes, maker
+        self.whole = whole
         ids = maker.tokenizer.convert_tokens_to_ids
         self.pair_ids = torch.tensor([ids(v[0]) for v in PAIR_LABELS])
         self.point_ids = torch.tensor([ids(v[0]) for v in POINT_LABELS])
@@ -103,8 +117,9 @@ class JudgeLoss:
             "evidence": self._evidence_loss(batch, evidence),
             "probe": self.probes.loss(half[row, at], end, truths),
             "owner": self._image_loss(batch.owner, owner, self.owner_ids),
-            "cell": self._image_loss(batch.cell, half, self.cell_ids),
         }
+        if self.whole:
+            losses["cell"] = self._image_loss(batch.cell, half, self.cell_ids)
         total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
         return {"loss": torch.as_tensor(total), **losses}
 
@@ -113,7 +128,8 @@ class JudgeLoss:
         places: list[tuple[int, int]] = []
         words: list[int] = []
         for verdict, (row, at) in zip(batch.verdicts, batch.verdict_at.tolist(), strict=True):
-            for number, word in (*enumerate(verdict.evidence), *enumerate(verdict.wanted, 2)):
+            wanted = verdict.wanted if self.whole else ()
+            for number, word in (*enumerate(verdict.evidence), *enumerate(wanted, 2)):
                 if word:
                     places.append((row, at - TURN_END + number))
                     words.append(self._word_id(word))

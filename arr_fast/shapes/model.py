@@ -128,14 +128,12 @@ def _start_by_matching(model: Qwen3VLForConditionalGeneration, seed: int) -> Non
 
     Queries and keys of a head share one random projection, values and output another (mimetic
     initialisation, arXiv 2305.09828). The first key/value head offers image tokens to text, and
-    turns their words into plain ones; the second one offers text to image tokens and to text. In
-    the lower half, a head of image tokens looks for their like in the pictures before.
+    turns their words into plain ones; the second one offers text to image tokens and to text.
     """
     text: Any = model.config.get_text_config()
     hidden, size = text.hidden_size, text.head_dim
     generator = torch.Generator().manual_seed(seed)
     back = picture_space(hidden, seed).T
-    layers: Any = model.model.language_model.layers
 
     def projections() -> torch.Tensor:
         square = torch.randn(hidden, 2 * size, generator=generator)
@@ -146,12 +144,11 @@ def _start_by_matching(model: Qwen3VLForConditionalGeneration, seed: int) -> Non
         return torch.randn(shape, generator=generator) * 0.01
 
     with torch.no_grad():
-        for number, layer in enumerate(layers):
+        for layer in model.model.language_model.layers:
             attention = layer.self_attn
             match, copy = projections(), projections()
             key = torch.cat([match[0] @ back, match[1]])
-            second = match[0] @ back if number < len(layers) // 2 else match[0]
-            query = torch.cat([match[0], second, match[1] @ back, match[1]])
+            query = torch.cat([match[0], match[0], match[1] @ back, match[1]])
             attention.k_proj.weight.copy_(key + noise(*key.shape))
             attention.q_proj.weight.copy_(query + noise(*query.shape))
             attention.v_proj.weight.copy_(torch.cat([copy[0] @ back, copy[1]]))

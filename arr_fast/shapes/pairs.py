@@ -210,7 +210,7 @@ CONTENT_CHANGES: tuple[Change, ...] = (
     _repaint_background,
 )
 # What is amiss in a contrast: above all what a caption says of two objects at once.
-CONTRASTS = (0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 0.1)
+CONTRASTS = (0.1, 0.1, 0.05, 0.1, 0.05, 0.25, 0.2, 0.15)
 QUALITY_CHANGES: tuple[Change, ...] = (_blur, _grain, _hide, _cut)
 
 
@@ -369,8 +369,9 @@ def sample_pair(
         contrasts: Share of pairs that are the captioned scene and the same with one change.
     """
     base = sample_scene(rng, split)
-    caption = describe(rng, base)
-    if contrasts and rng.random() < contrasts:
+    is_contrast = contrasts > 0 and rng.random() < contrasts
+    caption = describe(rng, base, full=0.5 if is_contrast else 0.0)
+    if is_contrast:
         scenes = _contrast(rng, base, split)
     else:
         scenes = (_picture(rng, base, split), _picture(rng, base, split))

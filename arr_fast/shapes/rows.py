@@ -40,7 +40,6 @@ from arr_fast.shapes.render import render
 from arr_fast.shapes.scene import Scene, Split
 
 HOLISTIC_SHARE = 0.4
-CONTRAST_SHARE = 0.3
 REJECTED_SHARE = 0.3
 THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
 ROW_TOKENS = 352
@@ -85,11 +84,13 @@ class BatchMaker:
         tokenizer: The judge's tokenizer.
         length: Tokens per row.
         answers: Whether pairs carry caption branches.
+        contrasts: Share of training pairs in which a single thing is amiss.
     """
 
     tokenizer: Any
     length: int = ROW_TOKENS
     answers: bool = True
+    contrasts: float = 0.0
     encoder: PromptEncoder = field(init=False)
     _encode: Any = field(init=False)
 
@@ -293,7 +294,7 @@ class BatchMaker:
             if kind in ("edit", "point_edit"):
                 example = sample_edit_pair(rng, split, 16, KIND_WEIGHTS)
             else:
-                contrasts = CONTRAST_SHARE if split == "train" else 0.0
+                contrasts = self.contrasts if split == "train" else 0.0
                 example = sample_pair(rng, split, 16, KIND_WEIGHTS, contrasts)
             if len(example.criteria) >= 4:
                 break

@@ -42,8 +42,9 @@ class Plan:
         vision_batch: Pictures per step and worker of stage 1.
         reading_steps: Steps of stage 2 on single pictures.
         reading_rows: Packed rows per step and worker of those.
-        judge_steps: Steps of stage 2.
-        judge_rows: Packed rows per step and worker of stage 2.
+        judge_steps: Steps of stage 2 on pairs, mostly on what they show of single objects.
+        whole_steps: Last steps of stage 2, on whole captions and instructions.
+        judge_rows: Packed rows per step and worker of both.
         workers: Single-threaded processes that share every step.
         every: Interval of logging, checking and saving, in steps.
         vision_check: Held-out pictures of a check in stage 1.
@@ -55,7 +56,8 @@ class Plan:
     vision_batch: int = 24
     reading_steps: int = 400
     reading_rows: int = 3
-    judge_steps: int = 5000
+    judge_steps: int = 2200
+    whole_steps: int = 2600
     judge_rows: int = 5
     workers: int = 2
     every: int = 200
@@ -69,10 +71,10 @@ def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> fl
     return min(1.0, (step + 1) / warmup, max(floor, (steps - step) / fall))
 
 
-STAGES = ("vision", "reading", "judge")
+STAGES = ("vision", "reading", "judge", "whole")
 
 # Verdicts are few per step and noisy, so their stage takes smaller steps.
-PEAKS = {"vision": 1.0, "reading": 1.0, "judge": 0.6}
+PEAKS = {"vision": 1.0, "reading": 1.0, "judge": 0.6, "whole": 0.5}
 
 # In stage 2 what stage 1 taught must last (at half speed it was gone after a hundred steps): words
 # and the tower move slowly, deepstack is new.
@@ -201,18 +203,23 @@ def train_vision(run: Run) -> None:
 
 
 def train_decoder(run: Run, stage: str) -> None:
-    """Stage 2: "reading" single pictures under short prompts, then the whole mix of "judge"."""
+    """Stage 2: "reading" single pictures under short prompts, "judge" pairs, "whole" captions.
+
+    "whole" starts from what "judge" has learned: taught all at once, everything came more slowly.
+    """
     plan, model = run.plan, run.model
     torch.manual_seed(plan.seed + 2)
     probes = judge_training.TruthProbes(model.config.get_text_config().hidden_size)
-    maker = BatchMaker(run.tokenizer)
-    losses = judge_training.JudgeLoss(model, run.vision, probes, maker)
+    whole = stage == "whole"
+    maker = BatchMaker(run.tokenizer, contrasts=judge_training.CONTRASTS if whole else 0.0)
+    losses = judge_training.JudgeLoss(model, run.vision, probes, maker, whole=whole)
+    mix = judge_training.WHOLE_MIX if whole else judge_training.MIX
     named = [(n, p) for n, p in model.named_parameters() if n != "lm_head.weight"]
     optimiser = Optimiser(
         [*named, *probes.named_parameters()], muon_lr=0.02, adam_lr=1.5e-3, factors=SLOWER
     )
     first = 0
-    if run.saved is not None and run.saved["stage"] in ("reading", "judge"):
+    if run.saved is not None and run.saved["stage"] != "vision":
         probes.load_state_dict(run.saved["probes"])
         optimiser.restore(run.saved["optimiser"])
         first = run.saved["step"] if run.saved["stage"] == stage else 0
@@ -221,7 +228,7 @@ def train_decoder(run: Run, stage: str) -> None:
         if stage == "reading":
             batch, patches = maker.reading_batch(rng, plan.reading_rows)
         else:
-            batch, patches = maker.batch(rng, plan.judge_rows, "train", judge_training.MIX)
+            batch, patches = maker.batch(rng, plan.judge_rows, "train", mix)
         return losses.losses(batch, patches)
 
     def extra() -> dict[str, object]:
@@ -232,7 +239,7 @@ def train_decoder(run: Run, stage: str) -> None:
             return judge_training.evaluate_reading(losses, plan.seed, plan.judge_check // 4)
         return judge_training.evaluate(losses, plan.seed, plan.judge_check)
 
-    steps = plan.reading_steps if stage == "reading" else plan.judge_steps
+    steps: int = getattr(plan, f"{stage}_steps")
     run.loop(stage, first, steps, optimiser, loss, scores, extra)
     run.saved = {"stage": stage, "step": steps, **extra()}
 
@@ -247,9 +254,9 @@ def work(rank: int, out: Path, plan: Plan, resume: bool) -> None:
         train_vision(run)
         turn_pictures(run.model, plan.seed)
         run.saved = None
-    if run.saved is None or run.saved["stage"] != "judge":
-        train_decoder(run, "reading")
-    train_decoder(run, "judge")
+    done = STAGES.index(run.saved["stage"]) if run.saved is not None else 0
+    for stage in STAGES[max(1, done) :]:
+        train_decoder(run, stage)
 
 
 def main() -> None:
@@ -260,6 +267,7 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=Plan().vision_steps)
     parser.add_argument("--reading-steps", type=int, default=Plan().reading_steps)
     parser.add_argument("--judge-steps", type=int, default=Plan().judge_steps)
+    parser.add_argument("--whole-steps", type=int, default=Plan().whole_steps)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     plan = Plan(
@@ -267,6 +275,7 @@ def main() -> None:
         vision_steps=args.vision_steps,
         reading_steps=args.reading_steps,
         judge_steps=args.judge_steps,
+        whole_steps=args.whole_steps,
     )
     start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume)
 

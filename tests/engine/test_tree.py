@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arr_fast.engine.planner import ImageTable, build_paths, estimate_rows, token_batches
+from arr_fast.engine.planner import (
+    ImageTable,
+    Path,
+    build_paths,
+    cut_item,
+    estimate_rows,
+    token_batches,
+)
 from arr_fast.engine.tree import PrefixTree, TokenSequence, build_tree
 from arr_fast.prompts import TokenRun
 from tests.engine import scenes
@@ -115,3 +124,45 @@ def test_the_row_estimate_is_an_upper_bound() -> None:
     paths += build_paths(runs, tails, np.arange(36)[None], images[::-1], table)
     tree = build_tree([p.sequence for p in paths])
     assert tree.tokens <= estimate_rows(paths) == 2 * 36 + 2 * 28
+
+
+def group_paths(size: int, tails: int) -> list[Path]:
+    """All ordered pairs of `size` images by first image; 100 image rows each, tails of 10 rows."""
+    images = [scenes.image(32, 32, n) for n in range(size)]
+    runs = [TokenRun(np.arange(4)), TokenRun(np.full(100, 99), 0), TokenRun(np.full(100, 99), 1)]
+    endings = [np.arange(10) + 200 + 10 * n for n in range(tails)]
+    table = ImageTable()
+    positions = np.arange(204)[None]
+    pairs = permutations(range(size), 2)
+    return [
+        path
+        for i, j in pairs
+        for path in build_paths(runs, endings, positions, [images[i], images[j]], table)
+    ]
+
+
+def test_the_row_estimate_counts_a_shared_first_image_once() -> None:
+    paths = group_paths(size=3, tails=5)
+    tree = build_tree([p.sequence for p in paths])
+    assert tree.tokens <= estimate_rows(paths) == 3 * 104 + 6 * (100 + 5 * 10)
+
+
+def test_a_group_is_cut_between_first_images() -> None:
+    paths = group_paths(size=4, tails=3)
+    units = cut_item(7, paths, budget=10_000, piece=500)
+    assert [unit.paths for unit in units] == [range(n, n + 9) for n in (0, 9, 18, 27)]
+    assert [unit.rows for unit in units] == [104 + 3 * (100 + 30)] * 4
+    assert [unit.is_last for unit in units] == [False, False, False, True]
+    assert {unit.item for unit in units} == {7}
+    assert len(cut_item(0, paths, budget=10_000, piece=10_000)) == 1
+
+
+def test_what_shares_its_images_is_cut_by_the_budget_alone() -> None:
+    paths = group_paths(size=2, tails=40)[:40]
+    assert len(cut_item(0, paths, budget=10_000, piece=1)) == 1
+    units = cut_item(0, paths, budget=304, piece=1)
+    assert [len(unit.paths) for unit in units] == [10] * 4
+    assert all(unit.rows == 304 for unit in units)
+    alone = cut_item(0, paths, budget=10, piece=10)
+    assert [unit.paths for unit in alone] == [range(n, n + 1) for n in range(40)]
+    assert cut_item(0, [], budget=10, piece=10) == []
