@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from arr_fast import __version__
+from arr_fast.autorubric.call_log import Progress
 from arr_fast.autorubric.comparison import (
     Comparison,
     Contestants,
@@ -83,6 +84,7 @@ def run_demo(
     settings: AutoRubricSettings | None = None,
     easy_vqa: bool = True,
     on_stage: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _done, _total: None,
 ) -> DemoOutcome:
     """Runs generate -> verify -> refine -> structure -> select, and evaluates.
 
@@ -99,6 +101,7 @@ def run_demo(
         settings: Of the loop; None for the defaults with `seed`.
         easy_vqa: Also measure single images, on easy-VQA's yes/no test questions.
         on_stage: Told what happens.
+        progress: Told how far a stage is.
     """
     chosen = settings or AutoRubricSettings(seed=seed)
     hidden = HiddenPreference.draw(seed)
@@ -106,17 +109,23 @@ def run_demo(
     learning = sample_pairs(hidden, train, seed=seed)
     taken = frozenset().union(*(scene_keys(pair.example) for pair in learning))
     testing = sample_pairs(hidden, untouched, seed=seed + 1, taken=taken)
-    reading, _ = _written(learning, folder / "data" / "train")
-    loop = AutoRubric(judge, backend, TemplateSet("shapes"), chosen, folder, on_stage=on_stage)
+    reading, _ = _written(learning, folder / "data" / "train", progress)
+    loop = AutoRubric(
+        *(judge, backend, TemplateSet("shapes"), chosen, folder),
+        on_stage=on_stage,
+        progress=progress,
+    )
     try:
         outcomes = loop.refine(loop.verify(loop.generate(reading.pairs)))
         structured = loop.structure(outcomes)
         selection = loop.select(outcomes, structured)
         report = loop.report(reading, outcomes, structured, selection)
         verified = [each.text for each in candidates_of(outcomes, range(len(outcomes)))]
-        on_stage(f"evaluate: {untouched} pairs")
-        test, records = _written(testing, folder / "data" / "untouched")
-        found = _contestants(loop, selection, structured, verified, test, testing)
+        on_stage(f"render: {untouched} untouched pairs")
+        test, records = _written(testing, folder / "data" / "untouched", progress)
+        found = _contestants(
+            loop, selection, structured, verified, test, testing, on_stage, progress
+        )
     finally:
         loop.close()
     comparison = compare_rubrics(
@@ -151,9 +160,12 @@ def run_demo(
     return DemoOutcome(report, selection, comparison, text)
 
 
-def _written(pairs: list[HiddenPair], folder: Path) -> tuple[Reading, list[Record]]:
+def _written(
+    pairs: list[HiddenPair], folder: Path, progress: Progress
+) -> tuple[Reading, list[Record]]:
     """Renders pairs, and reads them back as any user's data is read."""
-    records = list(read_records(write_pairs(pairs, folder)))
+    path = write_pairs(pairs, folder, done=lambda count: progress(count, len(pairs)))
+    records = list(read_records(path))
     return read_labelled(records), records
 
 
@@ -188,10 +200,13 @@ def _contestants(
     verified: Sequence[str],
     test: Reading,
     testing: Sequence[HiddenPair],
+    on_stage: Callable[[str], None],
+    progress: Progress,
 ) -> Contestants:
     direct = DIRECT["t2i"]
     texts = list(dict.fromkeys([direct, *verified, *structured.texts]))
-    matrix = loop.verdicts.matrix(test.pairs, texts)
+    on_stage(f"evaluate: {len(test.pairs)} pairs x {len(texts)} criteria")
+    matrix = loop.verdicts.matrix(test.pairs, texts, progress)
     by_name = {f"pair {number}": pair for number, pair in enumerate(testing)}
     kept = [by_name[pair.name] for pair in test.pairs]
     return Contestants(
