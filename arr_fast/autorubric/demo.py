@@ -155,7 +155,7 @@ def run_demo(
         json.dump(plain(document), handle, indent=1, ensure_ascii=False, allow_nan=False)
         handle.write("\n")
     (folder / "tables.md").write_text(text, encoding="utf-8")
-    page = _page(judge, found, selection, test.pairs, records, seed, resamples)
+    page = _page(judge, found, selection, test.pairs, records, seed, resamples, tables)
     (folder / "demo.html").write_text(page, encoding="utf-8")
     return DemoOutcome(report, selection, comparison, text)
 
@@ -228,8 +228,9 @@ def _page(
     records: Sequence[Record],
     seed: int,
     resamples: int,
+    tables: Sequence[Table],
 ) -> str:
-    """The evaluation page of the selected rubric beside the judge without one."""
+    """The demo's tables, and the evaluation of the selected rubric beside the judge alone."""
     rubric, matrix = selection.rubric, found.matrix
     columns, direct = matrix.columns(found.selected), matrix.columns([found.direct])[0]
     count = len(matrix.label)
@@ -267,4 +268,5 @@ def _page(
         ],
         aggregation="log_odds_mean",
         seed=seed,
+        before=tables,
     )

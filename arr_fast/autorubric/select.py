@@ -43,7 +43,7 @@ class Weights:
 
     @property
     def chosen(self) -> np.ndarray:
-        """int: criteria in use, the heaviest first (by effect, not by unit)."""
+        """int: criteria in use, the heaviest first."""
         order = np.argsort(-np.abs(self.weights), kind="stable")
         return np.asarray(order[np.abs(self.weights[order]) > 0.0])
 
