@@ -135,9 +135,10 @@ class VerdictLog:
         identity = judge_identity(self.judge)
         identity["weights_epoch"] = self.judge.engine.epoch
         prefix = digest(["verdict", identity])
+        contents = [pair.content_key for pair in pairs]
         wanted = [
-            [digest([prefix, pair.content_key, text]) for text in each]
-            for pair, each in zip(pairs, texts, strict=True)
+            [digest([prefix, content, text]) for text in each]
+            for content, each in zip(contents, texts, strict=True)
         ]
         # Equal criteria of equal pairs are asked once.
         asked: set[str] = set()

@@ -187,6 +187,9 @@ def demo(
     untouched: Annotated[int, typer.Option(min=10, help="Pairs to evaluate on.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of preference, scenes and labels.")] = 0,
     resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples.")] = 2000,
+    faithfulness: Annotated[
+        int, typer.Option(min=0, help="Pairs for the judge without a rubric; 0 for none.")
+    ] = 400,
     easy_vqa: Annotated[
         bool, typer.Option("--easy-vqa/--no-easy-vqa", help="Also measure single images.")
     ] = True,
@@ -207,6 +210,7 @@ def demo(
                 untouched=untouched,
                 seed=seed,
                 resamples=resamples,
+                faithfulness=faithfulness,
                 easy_vqa=easy_vqa,
                 on_stage=stages.begin,
                 progress=stages.advance,

@@ -12,9 +12,13 @@ import pytest
 
 from arr_fast.autorubric.demo import DemoOutcome, run_demo
 from arr_fast.rubric import Rubric
+from arr_fast.shapes.claims import Claim
+from arr_fast.shapes.faithfulness import sample_faithfulness_pairs
 from arr_fast.shapes.hidden_preference import HiddenPreference, sample_pairs, scene_keys
 from tests.autorubric.fakes import OracleJudge, ScriptedBackend, World, general_writer
 from tests.browser import WIDTHS, assert_readable, needs_browser
+
+FAITHFULNESS = 10
 
 
 def world_of(train: int, untouched: int, seed: int) -> World:
@@ -24,7 +28,9 @@ def world_of(train: int, untouched: int, seed: int) -> World:
     taken = frozenset().union(*(scene_keys(pair.example) for pair in learning))
     testing = sample_pairs(hidden, untouched, seed=seed + 1, taken=taken)
     assert not {p.example.caption for p in learning} & {p.example.caption for p in testing}
-    return World([*learning, *testing])
+    taken |= frozenset().union(*(scene_keys(pair.example) for pair in testing))
+    plain = sample_faithfulness_pairs(FAITHFULNESS, seed=seed, taken=taken)
+    return World([*learning, *testing, *plain])
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +47,7 @@ def done(tmp_path_factory) -> tuple[DemoOutcome, Path, list[tuple[str, int, int]
         untouched=150,
         seed=3,
         resamples=50,
+        faithfulness=FAITHFULNESS,
         easy_vqa=False,
         on_stage=stages.append,
         progress=lambda count, total: told.append(
@@ -63,6 +70,21 @@ def test_the_demo_recovers_a_hidden_preference(done) -> None:
     rubric = Rubric.load(folder / "rubric.yaml")
     weights = np.array([c.weight for c in rubric.criteria])
     np.testing.assert_allclose(weights, [c.weight for c in found.selection.rubric.criteria])
+
+
+def test_the_plain_question_is_measured_where_faithfulness_decides(done) -> None:
+    found, folder, _ = done
+    pairs = sample_faithfulness_pairs(200, seed=0)
+    for pair in pairs:
+        truths = [Claim("faithful").truth(s, pair.example.context) for s in pair.example.scenes]
+        assert truths == [pair.preferred == 1, pair.preferred == 2]
+    assert 70 < sum(pair.preferred == 1 for pair in pairs) < 130
+    assert len({pair.example.caption for pair in pairs}) == 200
+    # The fake judge reads the plain question as "matches the caption", with noise and bias.
+    accuracy = json.loads((folder / "demo.json").read_text())["faithfulness"]["value"]
+    assert accuracy == 1.0
+    (gate,) = (gate for gate in found.comparison.gates if gate.name.startswith("fair"))
+    assert gate.passed and "| 10 caption-faithfulness pairs" in found.text
 
 
 def test_tables_have_the_papers_form_with_intervals(done) -> None:
@@ -103,6 +125,7 @@ def test_a_demo_killed_anywhere_repeats_no_call(tmp_path) -> None:
             untouched=untouched,
             seed=5,
             resamples=5,
+            faithfulness=FAITHFULNESS,
             easy_vqa=False,
         )
 
