@@ -161,6 +161,24 @@ def test_a_biased_criterion_is_not_selected() -> None:
         assert solve(biased, method, limit=5, folds=5, seed=0).weights[0] == 0.0
 
 
+@pytest.mark.parametrize("method", ["l1", "grouped l1"])
+def test_biases_of_the_selected_criteria_do_not_add_up(method, monkeypatch) -> None:
+    """Five criteria tell as much; the two that favour the second place balance the three others."""
+    rng = np.random.default_rng(6)
+    truth = rng.choice([-1.0, 1.0], (200, 5))
+    label = np.where(rng.random(200) < 1 / (1 + np.exp(-1.5 * truth.sum(axis=1))), 1, -1)
+    bias = np.array([0.5, 0.5, 0.5, -0.5, -0.5])
+    one = matrix(2 * truth + 0.3 * rng.standard_normal((200, 5)), label, bias)
+    options = {"limit": 5, "folds": 4, "seed": 0}
+    weights = solve(one, method, **options).weights
+    monkeypatch.setattr("arr_fast.autorubric.select.EVEN", 0.0)
+    free = solve(one, method, **options).weights
+    assert (weights > 0).all() and (free > 0).all()
+    assert abs(weights @ bias) / weights.sum() < 0.5 * abs(free @ bias) / free.sum()
+    right = [credit(one.preference @ w * label).mean() for w in (weights, free)]
+    assert right[0] > right[1] - 0.03
+
+
 def test_paraphrases_share_a_weight_and_seats_are_limited() -> None:
     rng = np.random.default_rng(4)
     truth = rng.choice([-1.0, 1.0], (300, 2))
