@@ -12,7 +12,7 @@ from arr_fast.cli.stages import Stages
 
 def test_a_bar_stands_while_something_is_left_and_is_gone_afterwards() -> None:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=80)
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
     with Stages(console) as stages:
         stages.begin("generate: 4 [pairs]")
         stages.advance(1, 4)
