@@ -6,8 +6,6 @@ import base64
 import html.parser
 import io
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -18,11 +16,9 @@ from arr_fast.provenance import Provenance
 from arr_fast.report import ReportPair, ReportSection, data_url, render_report
 from arr_fast.rubric import Criterion, Rubric
 from arr_fast.verdicts import pair_verdicts
+from tests.browser import WIDTHS, assert_readable, needs_browser
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}"
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 
 
 def noise(seed: int, size: int = 24) -> np.ndarray:
@@ -136,35 +132,9 @@ def test_lengths_must_match():
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [320, 390, 1280])
-@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS)
 def test_page_fits_a_phone(tmp_path, width):
     """In a frame of this width nothing overflows sideways, and text stays readable."""
     (tmp_path / "page.html").write_text(page(), encoding="utf-8")
-    script = """
-      const inner = frame.contentDocument, root = inner.documentElement;
-      const sizes = [...inner.querySelectorAll('p, span, dd, h2, figcaption')].map(
-        (node) => parseFloat(frame.contentWindow.getComputedStyle(node).fontSize));
-      const shown = [...inner.images].every((image) => image.complete && image.naturalWidth > 0);
-      document.title = [root.scrollWidth, Math.min(...sizes), shown].join(' ');
-    """
-    (tmp_path / "frame.html").write_text(
-        f'<iframe id="frame" src="page.html" width="{width}" height="900" style="border:0">'
-        "</iframe>"
-        f"<script>frame.onload = () => {{ {script} }};</script>"
-    )
-    result = subprocess.run(
-        [
-            str(BROWSER),
-            *("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"),
-            *("--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = re.search(r"<title>(\d+) ([\d.]+) (true|false)</title>", result.stdout)
-    assert found, result.stderr[-2000:]
-    assert int(found[1]) <= width
-    assert float(found[2]) >= 12.0
-    assert found[3] == "true"
+    assert_readable(tmp_path / "page.html", width)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
 from arr_fast.errors import ArrFastError
 
 SCHEMA = "arr_fast.call/1"
+# Told of a stage: items done, of how many.
+Progress = Callable[[int, int], None]
 
 
 class CallLog:

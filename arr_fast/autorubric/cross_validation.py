@@ -79,7 +79,7 @@ def cross_validate(
         label: [N], 1 or -1.
         clusters: int [N]; pairs of one cluster are held out together.
         structure_rows: Maps the numbers of pairs to the criteria structured from them alone.
-        score_texts: Maps criteria to their matrix on all N pairs.
+        score_texts: Maps criteria to their matrix on all N pairs; asked once, for every fold's.
         limit: Most criteria.
         folds, seed: Of outer and inner folds.
 
@@ -93,9 +93,13 @@ def cross_validate(
     scores: dict[str, np.ndarray] = {
         name: np.zeros(len(label)) for name in ("unweighted", *METHODS)
     }
-    for fold in numbers:
+    texts_of = [
+        tuple(structure_rows([int(i) for i in np.flatnonzero(fold_of != fold)])) for fold in numbers
+    ]
+    everything = score_texts(list(dict.fromkeys(text for texts in texts_of for text in texts)))
+    for fold, texts in zip(numbers, texts_of, strict=True):
         held_out = fold_of == fold
-        matrix = score_texts(structure_rows([int(i) for i in np.flatnonzero(~held_out)]))
+        matrix = everything.only(texts)
         shown = matrix.preference[held_out]
         scores["unweighted"][held_out] = shown.mean(axis=1)
         for method in METHODS:

@@ -13,9 +13,11 @@ import numpy as np
 from rich.console import Console
 
 from arr_fast import __version__
+from arr_fast.autorubric.call_log import Progress
 from arr_fast.autorubric.comparison import (
     Comparison,
     Contestants,
+    Gate,
     compare_rubrics,
     comparison_tables,
     markdown,
@@ -29,14 +31,16 @@ from arr_fast.autorubric.text_backend import TextBackend
 from arr_fast.data.record import Record
 from arr_fast.data.registry import read_records
 from arr_fast.data.writing import plain, replacing
-from arr_fast.evals.intervals import Estimate
+from arr_fast.evals.intervals import Estimate, estimates, resample_weights
 from arr_fast.evals.judging import DIRECT, LogOdds, judge_identity
 from arr_fast.evals.measure import evaluate
+from arr_fast.evals.metrics import credit, summarise
 from arr_fast.evals.points import answer_measures, judge_points, question_rubric
 from arr_fast.evals.report import render_evaluation
-from arr_fast.evals.tables import Table, cell
+from arr_fast.evals.tables import Cell, Table, cell
 from arr_fast.prompts import TEMPLATE_VERSION
 from arr_fast.provenance import Provenance
+from arr_fast.shapes.faithfulness import sample_faithfulness_pairs
 from arr_fast.shapes.hidden_preference import (
     HiddenPair,
     HiddenPreference,
@@ -50,7 +54,9 @@ if TYPE_CHECKING:
     from arr_fast.judge import Judge
 
 SCHEMA = 1
-TRAIN, UNTOUCHED = 100, 2000
+TRAIN, UNTOUCHED, FAITHFULNESS = 100, 2000, 400
+# What a judge without a rubric must reach for the comparison to be fair.
+FAIR = 0.9
 DATASET = "hidden preference"
 
 
@@ -81,8 +87,10 @@ def run_demo(
     seed: int = 0,
     resamples: int = 2000,
     settings: AutoRubricSettings | None = None,
+    faithfulness: int = FAITHFULNESS,
     easy_vqa: bool = True,
     on_stage: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _done, _total: None,
 ) -> DemoOutcome:
     """Runs generate -> verify -> refine -> structure -> select, and evaluates.
 
@@ -97,8 +105,11 @@ def run_demo(
         seed: Of the preference, the scenes, the labels and the loop.
         resamples: Bootstrap resamples.
         settings: Of the loop; None for the defaults with `seed`.
+        faithfulness: Pairs that differ in faithfulness to the caption alone, for the judge without
+            a rubric; 0 for none.
         easy_vqa: Also measure single images, on easy-VQA's yes/no test questions.
         on_stage: Told what happens.
+        progress: Told how far a stage is.
     """
     chosen = settings or AutoRubricSettings(seed=seed)
     hidden = HiddenPreference.draw(seed)
@@ -106,30 +117,51 @@ def run_demo(
     learning = sample_pairs(hidden, train, seed=seed)
     taken = frozenset().union(*(scene_keys(pair.example) for pair in learning))
     testing = sample_pairs(hidden, untouched, seed=seed + 1, taken=taken)
-    reading, _ = _written(learning, folder / "data" / "train")
-    loop = AutoRubric(judge, backend, TemplateSet("shapes"), chosen, folder, on_stage=on_stage)
+    reading, _ = _written(learning, folder / "data" / "train", progress)
+    loop = AutoRubric(
+        *(judge, backend, TemplateSet("shapes"), chosen, folder),
+        on_stage=on_stage,
+        progress=progress,
+    )
     try:
         outcomes = loop.refine(loop.verify(loop.generate(reading.pairs)))
         structured = loop.structure(outcomes)
         selection = loop.select(outcomes, structured)
         report = loop.report(reading, outcomes, structured, selection)
         verified = [each.text for each in candidates_of(outcomes, range(len(outcomes)))]
-        on_stage(f"evaluate: {untouched} pairs")
-        test, records = _written(testing, folder / "data" / "untouched")
-        found = _contestants(loop, selection, structured, verified, test, testing)
+        on_stage(f"render: {untouched} untouched pairs")
+        test, records = _written(testing, folder / "data" / "untouched", progress)
+        found = _contestants(
+            loop, selection, structured, verified, test, testing, on_stage, progress
+        )
+        faithful: Estimate | None = None
+        if faithfulness:
+            on_stage(f"evaluate: {faithfulness} caption-faithfulness pairs")
+            taken |= frozenset().union(*(scene_keys(pair.example) for pair in testing))
+            plain_pairs = sample_faithfulness_pairs(faithfulness, seed=seed, taken=taken)
+            faithful = _faithfulness(loop, plain_pairs, folder, resamples, seed, progress)
     finally:
         loop.close()
     comparison = compare_rubrics(
         found, resamples=resamples, seed=seed, limit=chosen.selected, folds=chosen.folds
     )
     tables = comparison_tables(comparison, DATASET)
+    alone: list[tuple[Cell, ...]] = []
+    if faithful is not None:
+        row = f"{faithfulness} caption-faithfulness pairs, no rubric, orders averaged"
+        alone.append(((row, ""), cell(faithful, "percent")))
+        detail = f"{100 * faithful.value:.1f} %"
+        name = f"fair: no rubric, right on {100 * FAIR:.0f} % of caption-faithfulness pairs"
+        comparison.gates.append(Gate(name, detail, faithful.value >= FAIR))
     pointwise: dict[str, Estimate] = {}
     if easy_vqa:
         on_stage("evaluate: easy-VQA test questions")
         pointwise = _easy_vqa(judge, folder, resamples, seed)
-        row = (("easy-VQA test (training-family data)", ""), cell(pointwise["accuracy"], "percent"))
-        about = "Yes/no questions about single images; 95 % intervals, bootstrap over pictures."
-        tables.append(Table("Pointwise accuracy", about, ("", "accuracy"), (row,)))
+        row = "easy-VQA test, yes/no questions, pointwise (training-family data)"
+        alone.append(((row, ""), cell(pointwise["accuracy"], "percent")))
+    if alone:
+        about = "95 % intervals, bootstrap over prompts or pictures."
+        tables.append(Table("The judge alone", about, ("", "accuracy"), tuple(alone)))
     text = markdown(tables)
     document = {
         "schema": f"arr_fast.rubric_demo/{SCHEMA}",
@@ -139,6 +171,7 @@ def run_demo(
         "hidden_weights": hidden.weights,
         "selected": [{"text": c.text, "weight": c.weight} for c in selection.rubric.criteria],
         "comparison": comparison.to_json(),
+        "faithfulness": None if faithful is None else faithful.to_json(),
         "easy_vqa": {name: estimate.to_json() for name, estimate in pointwise.items()},
         "autorubric": report,
     }
@@ -146,15 +179,34 @@ def run_demo(
         json.dump(plain(document), handle, indent=1, ensure_ascii=False, allow_nan=False)
         handle.write("\n")
     (folder / "tables.md").write_text(text, encoding="utf-8")
-    page = _page(judge, found, selection, test.pairs, records, seed, resamples)
+    page = _page(judge, found, selection, test.pairs, records, seed, resamples, tables)
     (folder / "demo.html").write_text(page, encoding="utf-8")
     return DemoOutcome(report, selection, comparison, text)
 
 
-def _written(pairs: list[HiddenPair], folder: Path) -> tuple[Reading, list[Record]]:
+def _written(
+    pairs: list[HiddenPair], folder: Path, progress: Progress
+) -> tuple[Reading, list[Record]]:
     """Renders pairs, and reads them back as any user's data is read."""
-    records = list(read_records(write_pairs(pairs, folder)))
+    path = write_pairs(pairs, folder, done=lambda count: progress(count, len(pairs)))
+    records = list(read_records(path))
     return read_labelled(records), records
+
+
+def _faithfulness(
+    loop: AutoRubric,
+    pairs: list[HiddenPair],
+    folder: Path,
+    resamples: int,
+    seed: int,
+    progress: Progress,
+) -> Estimate:
+    """Accuracy of the plain question, orders averaged."""
+    reading, _ = _written(pairs, folder / "data" / "faithfulness", progress)
+    matrix = loop.verdicts.matrix(reading.pairs, [DIRECT["t2i"]], progress)
+    right = credit(matrix.preference[:, 0] * matrix.label)
+    draws = resample_weights(matrix.clusters, resamples, seed)
+    return estimates(lambda weights: summarise({"right": right}, weights), draws)["right"]
 
 
 def _easy_vqa(judge: Judge, folder: Path, resamples: int, seed: int) -> dict[str, Estimate]:
@@ -188,10 +240,13 @@ def _contestants(
     verified: Sequence[str],
     test: Reading,
     testing: Sequence[HiddenPair],
+    on_stage: Callable[[str], None],
+    progress: Progress,
 ) -> Contestants:
     direct = DIRECT["t2i"]
     texts = list(dict.fromkeys([direct, *verified, *structured.texts]))
-    matrix = loop.verdicts.matrix(test.pairs, texts)
+    on_stage(f"evaluate: {len(test.pairs)} pairs x {len(texts)} criteria")
+    matrix = loop.verdicts.matrix(test.pairs, texts, progress)
     by_name = {f"pair {number}": pair for number, pair in enumerate(testing)}
     kept = [by_name[pair.name] for pair in test.pairs]
     return Contestants(
@@ -213,8 +268,9 @@ def _page(
     records: Sequence[Record],
     seed: int,
     resamples: int,
+    tables: Sequence[Table],
 ) -> str:
-    """The evaluation page of the selected rubric beside the judge without one."""
+    """The demo's tables, and the evaluation of the selected rubric beside the judge alone."""
     rubric, matrix = selection.rubric, found.matrix
     columns, direct = matrix.columns(found.selected), matrix.columns([found.direct])[0]
     count = len(matrix.label)
@@ -252,4 +308,5 @@ def _page(
         ],
         aggregation="log_odds_mean",
         seed=seed,
+        before=tables,
     )

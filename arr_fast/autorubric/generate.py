@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from arr_fast.autorubric.answers import AnswerError, parse_criteria
+from arr_fast.autorubric.call_log import Progress
 from arr_fast.autorubric.labelled import LabelledPair
 from arr_fast.autorubric.settings import AutoRubricSettings
 from arr_fast.autorubric.templates import Conversation, Exemplar, TemplateSet
@@ -80,6 +81,7 @@ def generate(
     pairs: Sequence[LabelledPair],
     settings: AutoRubricSettings,
     exemplars: Sequence[Exemplar] = (),
+    progress: Progress | None = None,
 ) -> list[PairCriteria]:
     """Writes criteria for every pair; an answer that fails is kept with its reason.
 
@@ -89,6 +91,7 @@ def generate(
         pairs: Labelled pairs.
         settings: How many criteria, of which kind.
         exemplars: A guide of expert judgements.
+        progress: Told how many of the pairs have an answer.
 
     Raises:
         ArrFastError: A guide was given and the templates do not use it.
@@ -107,7 +110,7 @@ def generate(
         )
         for pair in pairs
     ]
-    replies = writer.ask(requests)
+    replies = writer.ask(requests, progress)
     blank = [PairCriteria(pair) for pair in pairs]
     return [
         read_reply(state, request, reply, settings)
@@ -121,10 +124,12 @@ def generate_from_prompts(
     prompts: Sequence[tuple[str, CanonicalImage | None]],
     settings: AutoRubricSettings,
     exemplars: Sequence[Exemplar] = (),
+    progress: Progress | None = None,
 ) -> list[PromptCriteria]:
     """Zero-shot: criteria from a caption (or an instruction and its source image) alone.
 
     An answer that cannot be used is asked for again, at most `settings.refinements` times.
+    `progress` is told how many of a round's prompts have an answer.
     """
     check_guide(templates, "generate_caption", exemplars)
     found = [PromptCriteria(prompt, problem="not asked") for prompt, _ in prompts]
@@ -138,7 +143,8 @@ def generate_from_prompts(
                 prompt, source, limit=settings.criteria, problem=problem, exemplars=exemplars
             )
             requests.append(request_of(conversation, settings, prompt, attempt, attempt=attempt))
-        for place, request, reply in zip(open_places, requests, writer.ask(requests), strict=True):
+        replies = writer.ask(requests, progress)
+        for place, request, reply in zip(open_places, requests, replies, strict=True):
             found[place] = _read_prompt_reply(prompts[place][0], request, reply)
     return found
 

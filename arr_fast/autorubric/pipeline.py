@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arr_fast import __version__
-from arr_fast.autorubric.call_log import CallLog
+from arr_fast.autorubric.call_log import CallLog, Progress
 from arr_fast.autorubric.cross_validation import CrossValidation, cross_validate
 from arr_fast.autorubric.generate import PairCriteria, generate
 from arr_fast.autorubric.labelled import LabelledPair, Reading, cluster_numbers
@@ -87,6 +87,7 @@ class AutoRubric:
         budget: Most calls of the writer in this process.
         batch_size: Pairs per call of the judge.
         on_stage: Told what happens.
+        progress: Told how far a stage's calls are.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class AutoRubric:
         budget: int | None = None,
         batch_size: int = 16,
         on_stage: OnStage | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.settings = settings
         self.templates = templates
@@ -111,7 +113,9 @@ class AutoRubric:
         self.writer = Writer(backend, self._calls, budget)
         self.verdicts = VerdictLog(judge, self._verdicts, batch_size)
         self._on_stage = on_stage or (lambda _: None)
+        self._progress = progress
         self._seconds: dict[str, float] = {}
+        self._nested = 0.0
 
     def close(self) -> None:
         """Closes the logs."""
@@ -121,7 +125,10 @@ class AutoRubric:
     def generate(self, pairs: Sequence[LabelledPair]) -> list[PairCriteria]:
         """Writes criteria for every pair (eq. 6)."""
         with _Timed(self, f"generate: {len(pairs)} pairs"):
-            states = generate(self.writer, self.templates, pairs, self.settings, self.exemplars)
+            states = generate(
+                *(self.writer, self.templates, pairs, self.settings, self.exemplars),
+                self._progress,
+            )
         self._write_lines(PAIRS, [state.to_json() for state in states])
         return states
 
@@ -129,7 +136,10 @@ class AutoRubric:
         """Judges every pair by its own criteria (eq. 7)."""
         with _Timed(self, "verify"):
             checks = verify(
-                self.verdicts, states, require_consistent=self.settings.require_consistent
+                self.verdicts,
+                states,
+                require_consistent=self.settings.require_consistent,
+                progress=self._progress,
             )
         outcomes = outcomes_of(states, checks, self.settings.refinements)
         self._write_lines(PAIRS, [outcome.to_json() for outcome in outcomes])
@@ -146,6 +156,7 @@ class AutoRubric:
                 self.settings,
                 self.exemplars,
                 lambda number, count: self._on_stage(f"refine {number}: {count} pairs"),
+                self._progress,
             )
         self._write_lines(PAIRS, [outcome.to_json() for outcome in done])
         return done
@@ -160,8 +171,8 @@ class AutoRubric:
             rows: Which pairs may contribute; all by default.
         """
         everything = rows is None
-        with _Timed(self, "structure"):
-            chosen = range(len(outcomes)) if rows is None else rows
+        chosen = range(len(outcomes)) if rows is None else rows
+        with _Timed(self, f"structure: {len(chosen)} pairs"):
             found = structure(
                 candidates_of(outcomes, chosen),
                 outcomes,
@@ -190,16 +201,16 @@ class AutoRubric:
             ValueError: Too few pairs for cross-validation.
         """
         settings = self.settings
-        outcomes = self._judgeable(outcomes, structured.texts)
-        pairs = [outcome.criteria.pair for outcome in outcomes]
-        with _Timed(self, f"select: {len(pairs)} pairs x {len(structured.criteria)} criteria"):
+        with _Timed(self, f"select: {len(outcomes)} pairs x {len(structured.criteria)} criteria"):
+            outcomes = self._judgeable(outcomes, structured.texts)
+            pairs = [outcome.criteria.pair for outcome in outcomes]
             options = {"limit": settings.selected, "folds": settings.folds, "seed": settings.seed}
             matrix = self.verdicts.matrix(pairs, structured.texts)
             tested = cross_validate(
                 matrix.label,
                 cluster_numbers(pairs),
                 lambda rows: self.structure(outcomes, rows).texts,
-                lambda texts: self.verdicts.matrix(pairs, texts),
+                lambda texts: self.verdicts.matrix(pairs, texts, self._progress),
                 **options,
             )
             weights = solve(matrix, tested.best, **options)
@@ -267,7 +278,9 @@ class AutoRubric:
         self, outcomes: Sequence[PairOutcome], texts: Sequence[str]
     ) -> list[PairOutcome]:
         odds = self.verdicts.log_odds(
-            [outcome.criteria.pair for outcome in outcomes], [texts] * len(outcomes)
+            [outcome.criteria.pair for outcome in outcomes],
+            [texts] * len(outcomes),
+            self._progress,
         )
         return [o for o, row in zip(outcomes, odds, strict=True) if np.isfinite(row).all()]
 
@@ -353,16 +366,22 @@ def selection_report(selection: Selection) -> dict[str, Any]:
 
 
 class _Timed:
-    """Adds a stage's wall time to the pipeline's, under the first word of its name."""
+    """Adds a stage's wall time to the pipeline's, under the first word of its name.
+
+    A stage inside another counts once, as itself.
+    """
 
     def __init__(self, owner: AutoRubric, name: str) -> None:
         self._owner, self._name = owner, name
 
     def __enter__(self) -> None:
         self._owner._on_stage(self._name)
+        self._before, self._owner._nested = self._owner._nested, 0.0
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         seconds = self._owner._seconds
         name = self._name.partition(":")[0]
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - self._start
+        whole = time.perf_counter() - self._start
+        seconds[name] = seconds.get(name, 0.0) + whole - self._owner._nested
+        self._owner._nested = self._before + whole

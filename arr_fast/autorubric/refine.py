@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from arr_fast.autorubric.call_log import Progress
 from arr_fast.autorubric.generate import PairCriteria, read_reply, request_of
 from arr_fast.autorubric.settings import AutoRubricSettings
 from arr_fast.autorubric.templates import Exemplar, TemplateSet
@@ -58,6 +59,7 @@ def refine(
     settings: AutoRubricSettings,
     exemplars: Sequence[Exemplar] = (),
     on_round: OnRound | None = None,
+    progress: Progress | None = None,
 ) -> list[PairOutcome]:
     """Rewrites and verifies what failed, round by round.
 
@@ -69,6 +71,7 @@ def refine(
         settings: T_max among them.
         exemplars: A guide.
         on_round: Told the round and how many pairs are rewritten in it.
+        progress: Told how many of a round's pairs have an answer.
     """
     current = list(outcomes)
     for number in range(1, settings.refinements + 1):
@@ -78,7 +81,7 @@ def refine(
         if on_round is not None:
             on_round(number, len(places))
         states = _rewrite(
-            writer, templates, [current[i] for i in places], number, settings, exemplars
+            writer, templates, [current[i] for i in places], number, settings, exemplars, progress
         )
         checks = verify(verdicts, states, require_consistent=settings.require_consistent)
         for i, state, check in zip(places, states, checks, strict=True):
@@ -93,6 +96,7 @@ def _rewrite(
     number: int,
     settings: AutoRubricSettings,
     exemplars: Sequence[Exemplar],
+    progress: Progress | None,
 ) -> list[PairCriteria]:
     states = []
     requests = []
@@ -119,7 +123,7 @@ def _rewrite(
                 banned=rejected,
             )
         )
-    replies = writer.ask(requests)
+    replies = writer.ask(requests, progress)
     return [
         read_reply(state, request, reply, settings)
         for state, request, reply in zip(states, requests, replies, strict=True)

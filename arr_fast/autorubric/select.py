@@ -25,6 +25,8 @@ STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
 # A criterion whose verdicts depend on position more than on the pictures is left out, if enough
 # others remain.
 MOST_BIAS, FEWEST = 1.0, 3
+# What the criteria favour by position alone counts, this many times over, as a tie.
+EVEN = 2.0
 _SCALES = np.exp(np.linspace(-3.0, 3.0, 61))
 
 
@@ -43,7 +45,7 @@ class Weights:
 
     @property
     def chosen(self) -> np.ndarray:
-        """int: criteria in use, the heaviest first (by effect, not by unit)."""
+        """int: criteria in use, the heaviest first."""
         order = np.argsort(-np.abs(self.weights), kind="stable")
         return np.asarray(order[np.abs(self.weights[order]) > 0.0])
 
@@ -77,7 +79,8 @@ class PathStep:
 def solve(matrix: ScoreMatrix, method: Method, *, limit: int, folds: int, seed: int) -> Weights:
     """Fits one method to all pairs of a matrix; its own choices are made by cross-validation.
 
-    Criteria that carry position bias (see `biased_criteria`) are left out before.
+    Criteria that carry position bias (see `biased_criteria`) are left out before; logistic weights
+    also let as little as possible of what remains add up (see `_l1_weights`).
 
     Args:
         matrix: N pairs x K criteria.
@@ -90,6 +93,7 @@ def solve(matrix: ScoreMatrix, method: Method, *, limit: int, folds: int, seed: 
     """
     usable = _usable(matrix)
     values, scale = scaled(matrix.preference[:, usable])
+    bias = matrix.bias[:, usable].mean(axis=0) / scale
     fold_of = assign_folds(matrix.clusters, folds, seed)
     found = np.zeros(len(usable))
     if method == "greedy":
@@ -97,9 +101,9 @@ def solve(matrix: ScoreMatrix, method: Method, *, limit: int, folds: int, seed: 
         chosen = forward_path(values, matrix.label, size)
         found[chosen] = _best_scale(values[:, chosen].mean(axis=1), matrix.label) / size
     elif method == "l1":
-        found = _fit_l1(values, matrix.label, fold_of, limit)
+        found = _fit_l1(values, matrix.label, bias, fold_of, limit)
     else:
-        found = _fit_grouped(values, matrix.label, fold_of, limit)
+        found = _fit_grouped(values, matrix.label, bias, fold_of, limit)
     weights = np.zeros(len(matrix.texts))
     weights[usable] = found / scale
     return Weights(method, weights)
@@ -208,7 +212,9 @@ def _best_scale(mean: np.ndarray, label: np.ndarray) -> float:
     return float(_SCALES[int(np.argmin(losses))])
 
 
-def _fit_l1(values: np.ndarray, label: np.ndarray, fold_of: np.ndarray, limit: int) -> np.ndarray:
+def _fit_l1(
+    values: np.ndarray, label: np.ndarray, bias: np.ndarray, fold_of: np.ndarray, limit: int
+) -> np.ndarray:
     """l1 logistic weights, none negative, at most `limit`, strength by cross-validation."""
     losses = []
     for strength in STRENGTHS:
@@ -217,24 +223,25 @@ def _fit_l1(values: np.ndarray, label: np.ndarray, fold_of: np.ndarray, limit: i
             held_out = fold_of == fold
             if held_out.all():
                 continue
-            weights = _l1_weights(values[~held_out], label[~held_out], strength, limit)
+            weights = _l1_weights(values[~held_out], label[~held_out], bias, strength, limit)
             scores[held_out] = values[held_out] @ weights
         losses.append(log_loss(scores, label))
     # Among equals the sparsest.
     strength = STRENGTHS[int(np.argmin(losses))]
-    weights = _l1_weights(values, label, strength, limit)
+    weights = _l1_weights(values, label, bias, strength, limit)
     if not weights.any():
-        weights = _l1_weights(values, label, STRENGTHS[-1], limit)
+        weights = _l1_weights(values, label, bias, STRENGTHS[-1], limit)
     return weights
 
 
 def _fit_grouped(
-    values: np.ndarray, label: np.ndarray, fold_of: np.ndarray, limit: int
+    values: np.ndarray, label: np.ndarray, bias: np.ndarray, fold_of: np.ndarray, limit: int
 ) -> np.ndarray:
     """l1 weights of group means, shared out among at most `limit` members."""
     groups = groups_of(values)
     means, scale = scaled(np.stack([values[:, group].mean(axis=1) for group in groups], axis=1))
-    shares = _fit_l1(means, label, fold_of, limit) / scale
+    tilt = np.array([bias[group].mean() for group in groups]) / scale
+    shares = _fit_l1(means, label, tilt, fold_of, limit) / scale
     kept = _seats(shares, groups, limit)
     weights = np.zeros(values.shape[1])
     for share, group, count in zip(shares, groups, kept, strict=True):
@@ -257,10 +264,21 @@ def _seats(shares: np.ndarray, groups: Sequence[np.ndarray], limit: int) -> list
     return kept
 
 
-def _l1_weights(values: np.ndarray, label: np.ndarray, strength: float, limit: int) -> np.ndarray:
+def _l1_weights(
+    values: np.ndarray, label: np.ndarray, bias: np.ndarray, strength: float, limit: int
+) -> np.ndarray:
     """One fit. Criteria with a negative weight are left out, then the lightest beyond the limit.
 
-    A verified criterion says what is good: a weight against it is noise of few pairs.
+    A verified criterion says what is good: a weight against it is noise of few pairs. Beside each
+    pair stands a tie whose evidence is `EVEN` times the mean position bias: weights under which the
+    biases add up lose there, whichever side they favour, and those that cancel them do not.
+
+    Args:
+        values: float64 [N, K], preferences of like scale.
+        label: [N].
+        bias: float64 [K], mean position bias in the same units.
+        strength: Inverse of the penalty.
+        limit: Most criteria.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -271,10 +289,20 @@ def _l1_weights(values: np.ndarray, label: np.ndarray, strength: float, limit: i
     while len(kept):
         rows = values[:, list(kept)]
         # Mirrored pairs say the same from B's side: both classes are there, and the rule is odd.
+        tie = EVEN * bias[list(kept)]
         model = LogisticRegression(
-            l1_ratio=1.0, C=strength / 2, solver="liblinear", fit_intercept=False, random_state=0
+            l1_ratio=1.0,
+            C=strength / 2,
+            solver="liblinear",
+            fit_intercept=False,
+            random_state=0,
+            max_iter=1000,
         )
-        model.fit(np.concatenate([rows, -rows]), np.concatenate([label, -label]))
+        model.fit(
+            np.concatenate([rows, -rows, tie[None], -tie[None]]),
+            np.concatenate([label, -label, [1, 1]]),
+            sample_weight=np.concatenate([np.ones(2 * len(rows)), np.full(2, len(rows))]),
+        )
         found = model.coef_[0]
         order = np.argsort(-found, kind="stable")[:limit]
         good = [kept[k] for k in sorted(order) if found[k] > 0.0]

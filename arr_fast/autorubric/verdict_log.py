@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arr_fast.autorubric.call_log import CallLog
+from arr_fast.autorubric.call_log import CallLog, Progress
 from arr_fast.autorubric.labelled import LabelledPair, cluster_numbers, digest
 from arr_fast.errors import VerdictError
 from arr_fast.evals.judging import judge_identity
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("arr_fast")
 
 _UNKNOWN = (float("nan"), float("nan"))
-Progress = Callable[[int], None]
 
 
 @dataclass(slots=True)
@@ -82,6 +81,13 @@ class ScoreMatrix:
         places = {text: k for k, text in enumerate(self.texts)}
         return np.array([places[text] for text in texts], dtype=int)
 
+    def only(self, texts: Sequence[str]) -> ScoreMatrix:
+        """Returns some of the criteria."""
+        chosen = self.columns(texts)
+        return ScoreMatrix(
+            tuple(texts), self.ab[:, chosen], self.ba[:, chosen], self.label, self.clusters
+        )
+
     def take(self, rows: np.ndarray) -> ScoreMatrix:
         """Returns some of the pairs, by index or mask."""
         return ScoreMatrix(
@@ -120,7 +126,7 @@ class VerdictLog:
         Args:
             pairs: N pairs.
             texts: For each pair its criteria; "{caption}" stands for the pair's prompt.
-            progress: Told how many pairs each finished batch held.
+            progress: Told how many of the pairs are judged.
 
         Returns:
             For each pair float64 [K, 2]: (z_AB, z_BA) per criterion; NaN where the judge failed
@@ -129,9 +135,10 @@ class VerdictLog:
         identity = judge_identity(self.judge)
         identity["weights_epoch"] = self.judge.engine.epoch
         prefix = digest(["verdict", identity])
+        contents = [pair.content_key for pair in pairs]
         wanted = [
-            [digest([prefix, pair.content_key, text]) for text in each]
-            for pair, each in zip(pairs, texts, strict=True)
+            [digest([prefix, content, text]) for text in each]
+            for content, each in zip(contents, texts, strict=True)
         ]
         # Equal criteria of equal pairs are asked once.
         asked: set[str] = set()
@@ -145,14 +152,17 @@ class VerdictLog:
             asked |= missing.keys()
             if missing:
                 work.append((pair, list(missing.values()), list(missing)))
+        done = len(pairs) - len(work)
         if progress is not None:
-            progress(len(pairs) - len(work))
+            progress(done, len(pairs))
         for task in ("t2i", "edit"):
             part = [each for each in work if each[0].task == task]
             for start in range(0, len(part), self._batch_size):
-                self._judge(part[start : start + self._batch_size])
+                batch = part[start : start + self._batch_size]
+                self._judge(batch)
+                done += len(batch)
                 if progress is not None:
-                    progress(len(part[start : start + self._batch_size]))
+                    progress(done, len(pairs))
         return [
             np.array([self._log.get(key) or _UNKNOWN for key in keys]).reshape(-1, 2)
             for keys in wanted

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from arr_fast.autorubric.call_log import Progress
 from arr_fast.autorubric.generate import PairCriteria
-from arr_fast.autorubric.verdict_log import Progress, VerdictLog
+from arr_fast.autorubric.verdict_log import VerdictLog
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +61,7 @@ def verify(
         verdicts: The judge and its log.
         states: Pairs with criteria; one without criteria fails.
         require_consistent: Each order alone must recover the label too.
-        progress: Told how many pairs are done.
+        progress: Told how many of the pairs are judged.
     """
     odds = verdicts.log_odds(
         [state.pair for state in states], [state.texts for state in states], progress

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from arr_fast.autorubric.call_log import CallLog
+from arr_fast.autorubric.call_log import CallLog, Progress
 from arr_fast.autorubric.text_backend import (
     BudgetError,
     TextBackend,
@@ -59,8 +59,15 @@ class Writer:
         self._log = log
         self._budget = budget
 
-    def ask(self, requests: Sequence[TextRequest]) -> list[TextResult]:
-        """Answers requests, in order; a failure stands in the place of its answer."""
+    def ask(
+        self, requests: Sequence[TextRequest], progress: Progress | None = None
+    ) -> list[TextResult]:
+        """Answers requests, in order; a failure stands in the place of its answer.
+
+        Args:
+            requests: What to ask.
+            progress: Told how many of them are answered, from the log or by the backend.
+        """
         keys = [request.key(self.backend.identity) for request in requests]
         first: dict[str, int] = {}
         for place, key in enumerate(keys):
@@ -75,13 +82,21 @@ class Writer:
             for place in missing[len(allowed) :]
         }
 
+        open_requests = len(allowed)
+
         def keep(number: int, result: TextResult) -> None:
+            nonlocal open_requests
             key = keys[allowed[number]]
             results[key] = result
             self._count(result)
             if isinstance(result, TextReply):
                 self._log.put(key, result.to_json())
+            open_requests -= 1
+            if progress is not None:
+                progress(len(requests) - open_requests, len(requests))
 
+        if progress is not None:
+            progress(len(requests) - open_requests, len(requests))
         if allowed:
             self.backend.generate([requests[place] for place in allowed], keep)
         self.cost.from_log += len(requests) - len(missing)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from arr_fast.cli import options as opt
 from arr_fast.cli.options import console, err_console
+from arr_fast.cli.stages import Stages
 from arr_fast.errors import ArrFastError
 
 if TYPE_CHECKING:
@@ -186,6 +187,9 @@ def demo(
     untouched: Annotated[int, typer.Option(min=10, help="Pairs to evaluate on.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of preference, scenes and labels.")] = 0,
     resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples.")] = 2000,
+    faithfulness: Annotated[
+        int, typer.Option(min=0, help="Pairs for the judge without a rubric; 0 for none.")
+    ] = 400,
     easy_vqa: Annotated[
         bool, typer.Option("--easy-vqa/--no-easy-vqa", help="Also measure single images.")
     ] = True,
@@ -197,17 +201,20 @@ def demo(
         from arr_fast.autorubric.local_backend import LocalBackend
 
         judge = opt.load_judge(opt.JudgeChoice(model=model))
-        outcome = run_demo(
-            judge,
-            LocalBackend(judge, batch_size=batch_size),
-            folder,
-            train=train,
-            untouched=untouched,
-            seed=seed,
-            resamples=resamples,
-            easy_vqa=easy_vqa,
-            on_stage=_say,
-        )
+        with Stages(err_console) as stages:
+            outcome = run_demo(
+                judge,
+                LocalBackend(judge, batch_size=batch_size),
+                folder,
+                train=train,
+                untouched=untouched,
+                seed=seed,
+                resamples=resamples,
+                faithfulness=faithfulness,
+                easy_vqa=easy_vqa,
+                on_stage=stages.begin,
+                progress=stages.advance,
+            )
         _print_report(outcome.report)
         _print_rubric(outcome.selection.rubric)
         typer.echo(outcome.text)
@@ -236,21 +243,23 @@ def _run_pairs(request: _Request, stage: Stage) -> None:
         raise ArrFastError(f"{request.data}: no labelled pair to learn from")
     exemplars, templates = _exemplars(request.guide), _templates(request)
     judge = opt.load_judge(request.judge)
-    loop = AutoRubric(
-        judge,
-        _backend(request, judge),
-        templates,
-        settings,
-        request.folder,
-        exemplars=exemplars,
-        budget=request.budget,
-        batch_size=request.batch_size,
-        on_stage=_say,
-    )
-    try:
-        document = _stages(loop, reading, stage)
-    finally:
-        loop.close()
+    with Stages(err_console) as stages:
+        loop = AutoRubric(
+            judge,
+            _backend(request, judge),
+            templates,
+            settings,
+            request.folder,
+            exemplars=exemplars,
+            budget=request.budget,
+            batch_size=request.batch_size,
+            on_stage=stages.begin,
+            progress=stages.advance,
+        )
+        try:
+            document = _stages(loop, reading, stage)
+        finally:
+            loop.close()
     _print_report(document)
     if request.json_path is not None:
         text = json.dumps(document, indent=1, ensure_ascii=False)
@@ -311,10 +320,11 @@ def _run_prompts(request: _Request, stage: Stage) -> None:
     exemplars, templates = _exemplars(request.guide), _templates(request)
     judge = opt.load_judge(request.judge) if request.writer == "local" else None
     settings = AutoRubricSettings(**{**request.settings, "general": False})
-    with CallLog(request.folder / CALLS) as log:
+    with CallLog(request.folder / CALLS) as log, Stages(err_console) as stages:
         writer = Writer(_backend(request, judge), log, request.budget)
         items = list(prompts.values())
-        found = generate_from_prompts(writer, templates, items, settings, exemplars)
+        stages.begin(f"generate: {len(items)} prompts")
+        found = generate_from_prompts(writer, templates, items, settings, exemplars, stages.advance)
     rows = []
     for (prompt, source), each in zip(items, found, strict=True):
         row: dict[str, Any] = {"prompt": prompt, "problem": each.problem or None, "raw": each.raw}
@@ -364,10 +374,6 @@ def _exemplars(guide: Path | None) -> list[Exemplar]:
     from arr_fast.autorubric.guide import read_guide
 
     return read_guide(guide)
-
-
-def _say(text: str) -> None:
-    err_console.print(f"[dim]{escape(text)}[/]")
 
 
 def _print_report(document: dict[str, Any]) -> None:

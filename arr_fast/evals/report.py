@@ -15,7 +15,7 @@ from arr_fast.data.record import Record, image_bytes
 from arr_fast.evals.charts import ablation_plot, bias_plot, reliability_plot
 from arr_fast.evals.judging import LogOdds
 from arr_fast.evals.measure import Evaluation, Measured
-from arr_fast.evals.tables import tables, written
+from arr_fast.evals.tables import Table, tables, written
 from arr_fast.images import CanonicalImage, to_image
 from arr_fast.provenance import Provenance
 from arr_fast.report import ReportPair, ReportSection, render_report
@@ -45,6 +45,7 @@ def render_evaluation(
     aggregation: AggregationName,
     shown: int = SHOWN,
     seed: int = 0,
+    before: Sequence[Table] = (),
 ) -> str:
     """Returns the page, self-contained.
 
@@ -58,6 +59,7 @@ def render_evaluation(
         aggregation: The rule behind the verdicts on the cards.
         shown: How many pairs to show.
         seed: Of the choice among pairs that are right.
+        before: Tables that come before those of the evaluation.
     """
     form = result.forms[-1] if result.forms else None
     labels = [pair.preference or 0 for pair in pairs]
@@ -67,7 +69,8 @@ def render_evaluation(
         verdicts = _verdicts(odds.take(places), form, aggregation)
         cards = [_card(pairs[i], rubric_of(pairs[i])) for i in part.places]
         sections.append(ReportSection(part.heading, cards, verdicts))
-    return render_report(sections, title=title, lead=_lead(result, facts, _texts(pairs, rubric_of)))
+    lead = _lead(result, facts, _texts(pairs, rubric_of), before)
+    return render_report(sections, title=title, lead=lead)
 
 
 def choose_pairs(
@@ -146,14 +149,19 @@ def _texts(pairs: Sequence[Record], rubric_of: Callable[[Record], Rubric]) -> di
     return {c.id: c.text for rubric in reversed(list(rubrics)) for c in rubric.criteria}
 
 
-def _lead(result: Evaluation, facts: Sequence[tuple[str, str]], texts: dict[str, str]) -> Markup:
+def _lead(
+    result: Evaluation,
+    facts: Sequence[tuple[str, str]],
+    texts: dict[str, str],
+    before: Sequence[Table],
+) -> Markup:
     source = (resources.files("arr_fast") / "templates" / "eval.html.jinja").read_text("utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.from_string(source).render(
         facts=facts,
-        tables=tables(result),
+        tables=[*before, *tables(result)],
         plots=_plots(result),
         criteria=[_row(found, texts.get(found.name, "")) for found in result.criteria],
     )

@@ -47,6 +47,9 @@ class ScriptedBackend:
             on_result(place, result)
 
 
+EDIT_QUALITIES = ("edit_done", "edit_kept", "sharpness", "noise", "occlusion", "cut_off")
+
+
 class World:
     """Labelled pairs of the shapes domain with everything that a fake needs to know of them."""
 
@@ -54,6 +57,7 @@ class World:
         self.known: dict[str, Any] = {}
         self.context: dict[str, Any] = {}
         for pair in pairs:
+            assert pair.example.caption not in self.context, "texts name their pair"
             self.context[pair.example.caption] = pair.example.context
             for scene in pair.example.scenes:
                 image = to_image(render(scene), name="scene")
@@ -120,12 +124,16 @@ def general_writer(world: World, seed: int = 0) -> Callable[[TextRequest], str]:
 
     def answer(request: TextRequest) -> str:
         text = "".join(part for part in request.parts if isinstance(part, str))
-        caption = text.split("Caption: ")[1].split("\nImage 1")[0]
+        is_edit = len(request.images) == 3
+        head, tail = ("Instruction: ", "\nSource") if is_edit else ("Caption: ", "\nImage 1")
+        caption = text.split(head)[1].split(tail)[0]
         winner = int(text.split("Preferred: Image ")[1][0]) - 1
-        a, b = request.images[winner], request.images[1 - winner]
+        shown = request.images[-2:]
+        a, b = shown[winner], shown[1 - winner]
         digest = hashlib.sha256(f"{seed}{text}{a.content_hash}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8]))
-        claims = [Claim(QUALITIES[int(i)]) for i in rng.permutation(len(QUALITIES))]
+        kinds = EDIT_QUALITIES if is_edit else QUALITIES
+        claims = [Claim(kinds[int(i)]) for i in rng.permutation(len(kinds))]
         true = [c for c in claims if world.truth(c, a, caption) == 1.0]
         true.sort(key=lambda c: world.truth(c, b, caption))
         written = [wording(c, rng, "train") for c in true[: request.limit]]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -142,3 +146,43 @@ def test_calls_overlap_up_to_the_limit_and_equal_ones_are_made_once() -> None:
         more = writer.ask([TextRequest(("a",)), TextRequest(("b",))])
     assert isinstance(more[0], TextReply) and isinstance(more[1], BudgetError)
     assert writer.cost.calls == 6 == len(server.bodies) and writer.cost.from_log == 15
+
+
+_ASKS = """
+import sys
+from pathlib import Path
+from arr_fast.autorubric.call_log import CallLog
+from arr_fast.autorubric.openai_backend import OpenAIBackend
+from arr_fast.autorubric.text_backend import TextReply, TextRequest
+from arr_fast.autorubric.writer import Writer
+
+with CallLog(Path(sys.argv[2])) as log:
+    writer = Writer(OpenAIBackend("m", base_url=sys.argv[1], api_key="k", concurrency=1), log)
+    found = writer.ask([TextRequest((f"request {n}",)) for n in range(8)])
+    assert all(isinstance(reply, TextReply) for reply in found)
+    print(writer.cost.calls, writer.cost.from_log)
+"""
+
+
+def test_a_killed_process_repeats_no_call_that_was_answered(tmp_path) -> None:
+    """SIGKILL while the sixth answer is waited for: five are on disk, three are asked again."""
+    reached, holding = threading.Event(), threading.Event()
+
+    def plan(number, _):
+        if number == 5:
+            reached.set()
+            holding.wait(60)
+            return "cut"
+        return GOOD
+
+    with standing_in(plan) as server:
+        command = [sys.executable, "-c", _ASKS, server.url, str(tmp_path / "calls.jsonl")]
+        with subprocess.Popen(command) as process:
+            assert reached.wait(120)
+            process.kill()
+        holding.set()
+        assert process.returncode == -signal.SIGKILL
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.stdout.split() == ["3", "5"], done.stderr[-2000:]
+    asked = [body["messages"][0]["content"][0]["text"] for body in server.bodies]
+    assert asked == [f"request {n}" for n in (0, 1, 2, 3, 4, 5, 5, 6, 7)]

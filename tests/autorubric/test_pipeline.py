@@ -6,11 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from arr_fast.autorubric.call_log import CallLog
-from arr_fast.autorubric.demo import run_demo
 from arr_fast.autorubric.labelled import LabelledPair, Reading
 from arr_fast.autorubric.pipeline import AutoRubric, verification_report
 from arr_fast.autorubric.settings import AutoRubricSettings
@@ -20,7 +18,7 @@ from arr_fast.autorubric.text_backend import TextBackendError
 from arr_fast.errors import ArrFastError
 from arr_fast.images import to_image
 from arr_fast.rubric import Rubric
-from arr_fast.shapes.hidden_preference import HiddenPreference, sample_pairs, scene_keys
+from arr_fast.shapes.hidden_preference import HiddenPreference, sample_pairs
 from arr_fast.shapes.render import render
 from tests.autorubric.fakes import OracleJudge, ScriptedBackend, World, general_writer
 
@@ -287,37 +285,3 @@ def test_call_log_keeps_lines_and_refuses_other_files(tmp_path) -> None:
     path.write_text("something else\n")
     with pytest.raises(ArrFastError, match="line 1"):
         CallLog(path)
-
-
-def test_the_demo_recovers_a_hidden_preference(tmp_path) -> None:
-    """With a judge that sees well, the learned rubric nears the oracle; tables and page exist."""
-    hidden = HiddenPreference.draw(3)
-    learning = sample_pairs(hidden, 60, seed=3)
-    taken = frozenset().union(*(scene_keys(pair.example) for pair in learning))
-    testing = sample_pairs(hidden, 150, seed=4, taken=taken)
-    assert not {p.example.caption for p in learning} & {p.example.caption for p in testing}
-    world = World([*learning, *testing])
-    found = run_demo(
-        OracleJudge(world, noise=0.5),
-        ScriptedBackend(general_writer(world)),
-        tmp_path,
-        train=60,
-        untouched=150,
-        seed=3,
-        resamples=50,
-        easy_vqa=False,
-    )
-    measures = {name: m["debiased"].value for name, m in found.comparison.measures.items()}
-    assert measures["selected"] > measures["all verified"] > measures["no rubric"]
-    assert found.comparison.oracle is not None and found.comparison.closed is not None
-    assert found.comparison.oracle.value >= measures["selected"] - 0.05
-    document = json.loads((tmp_path / "demo.json").read_text())
-    assert document["comparison"]["measures"].keys() == measures.keys()
-    text = (tmp_path / "tables.md").read_text()
-    for title in ("Evaluator accuracy", "Position bias", "number of criteria K", "McNemar"):
-        assert title in text
-    assert "<svg" in (tmp_path / "demo.html").read_text()
-    # The rubric that was saved says by itself what was measured.
-    rubric = Rubric.load(tmp_path / "rubric.yaml")
-    weights = np.array([c.weight for c in rubric.criteria])
-    np.testing.assert_allclose(weights, [c.weight for c in found.selection.rubric.criteria])

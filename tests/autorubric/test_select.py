@@ -20,9 +20,9 @@ from arr_fast.autorubric.verdict_log import ScoreMatrix
 from arr_fast.evals.metrics import credit
 
 
-def matrix(preference, label, bias=0.0) -> ScoreMatrix:
+def matrix(preference, label, bias=0.0, texts=None) -> ScoreMatrix:
     preference = np.asarray(preference, dtype=float)
-    texts = tuple(f"Criterion {k}." for k in range(preference.shape[1]))
+    texts = tuple(texts or (f"Criterion {k}." for k in range(preference.shape[1])))
     return ScoreMatrix(
         texts, preference + bias, bias - preference, np.asarray(label), np.arange(len(label))
     )
@@ -96,7 +96,7 @@ def test_a_criterion_that_knows_its_own_pairs_gains_nothing() -> None:
         for k, text in enumerate(texts):
             row = int(text.split()[-1])
             values[row, k] = 50.0 * label[row]
-        return matrix(values, label)
+        return matrix(values, label, texts=texts)
 
     found = cross_validate(
         label,
@@ -124,15 +124,20 @@ def test_clusters_are_held_out_together() -> None:
         assert all(sum(clusters[r] == c for r in rows) == 4 for c in seen[-1])
         return ["A."]
 
+    asked: list[list[str]] = []
+
+    def score_texts(texts):
+        asked.append(list(texts))
+        return matrix(label[:, None] * 1.0, label, texts=texts)
+
     cross_validate(
-        label, clusters, structure_rows, lambda _: matrix(label[:, None] * 1.0, label),
-        limit=1, folds=5, seed=0,
+        label, clusters, structure_rows, score_texts, limit=1, folds=5, seed=0
     )  # fmt: skip
+    assert asked == [["A."]]
     assert len(seen) == 5 and all(len(each) == 8 for each in seen)
     with pytest.raises(ValueError, match="at least two prompts"):
         cross_validate(
-            label, np.zeros(40, int), structure_rows, lambda _: matrix(label[:, None], label),
-            limit=1, folds=5, seed=0,
+            label, np.zeros(40, int), structure_rows, score_texts, limit=1, folds=5, seed=0
         )  # fmt: skip
 
 
@@ -154,6 +159,24 @@ def test_a_biased_criterion_is_not_selected() -> None:
     for method in METHODS:
         assert solve(one, method, limit=5, folds=5, seed=0).weights[0] > 0.0
         assert solve(biased, method, limit=5, folds=5, seed=0).weights[0] == 0.0
+
+
+@pytest.mark.parametrize("method", ["l1", "grouped l1"])
+def test_biases_of_the_selected_criteria_do_not_add_up(method, monkeypatch) -> None:
+    """Five criteria tell as much; the two that favour the second place balance the three others."""
+    rng = np.random.default_rng(6)
+    truth = rng.choice([-1.0, 1.0], (200, 5))
+    label = np.where(rng.random(200) < 1 / (1 + np.exp(-1.5 * truth.sum(axis=1))), 1, -1)
+    bias = np.array([0.5, 0.5, 0.5, -0.5, -0.5])
+    one = matrix(2 * truth + 0.3 * rng.standard_normal((200, 5)), label, bias)
+    options = {"limit": 5, "folds": 4, "seed": 0}
+    weights = solve(one, method, **options).weights
+    monkeypatch.setattr("arr_fast.autorubric.select.EVEN", 0.0)
+    free = solve(one, method, **options).weights
+    assert (weights > 0).all() and (free > 0).all()
+    assert abs(weights @ bias) / weights.sum() < 0.5 * abs(free @ bias) / free.sum()
+    right = [credit(one.preference @ w * label).mean() for w in (weights, free)]
+    assert right[0] > right[1] - 0.03
 
 
 def test_paraphrases_share_a_weight_and_seats_are_limited() -> None:
