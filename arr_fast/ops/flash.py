@@ -6,8 +6,9 @@ a segment need. Partials come back in the input dtype, so this impl has an error
 (one more rounding than the others) and is never chosen by "auto". Log-sum-exps are [Hq, rows],
 natural log.
 
-Held in tests to the signature of flash_attn_varlen_func of flash-attn 2.7 and 2.8; flash-attn
-itself needs a GPU and has not been executed by this project's tests on a CPU.
+Held in tests to the signature of flash_attn_varlen_func of flash-attn v2.7.0 to v2.8.3 (060c9188,
+flash_attn/flash_attn_interface.py). flash-attn itself needs a GPU and has not been executed: see
+docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ def prefix_attention_flash(
 
     Raises:
         MissingDependencyError: flash-attn is not installed.
-        ValueError: q is neither float16 nor bfloat16.
+        ValueError: q is neither float16 nor bfloat16, or its head dim is over 256.
     """
     attend = _varlen_func()
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f'q is {q.dtype}; impl "flash" takes float16 or bfloat16')
+    if q.shape[2] > 256:
+        raise ValueError(f'q has head dim {q.shape[2]}; impl "flash" takes at most 256')
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
     families = families_of(runs, tiles)
