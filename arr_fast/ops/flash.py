@@ -3,8 +3,8 @@
 The ancestors' part is one call over the families (no mask), the own part one causal call over the
 segments; flash-attn aligns the causal mask to the bottom right, which is what rows in the middle of
 a segment need. Partials come back in the input dtype, so this impl has an error bound of its own
-(one more rounding than the others) and is never chosen by "auto". Log-sum-exps are [Hq, rows],
-natural log.
+(one more rounding than the others) and is never chosen by "auto". Log-sum-exps are natural log,
+[Hq, rows], but [rows, Hq] from flash-attn's Triton kernels for AMD.
 
 Held in tests to the signature of flash_attn_varlen_func of flash-attn v2.7.0 to v2.8.3 (060c9188,
 flash_attn/flash_attn_interface.py). flash-attn itself needs a GPU and has not been executed: see
@@ -14,6 +14,7 @@ docs/kernels.md.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -78,6 +79,11 @@ def _varlen_func() -> Callable[..., Any]:
     return function
 
 
+def _lse_is_by_row(attend: Callable[..., Any]) -> bool:
+    """Whether log-sum-exps come as [rows, Hq]: FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE."""
+    return bool(getattr(sys.modules.get(attend.__module__), "USE_TRITON_ROCM", False))
+
+
 def _call(
     attend: Callable[..., Any],
     q: Tensor,
@@ -103,7 +109,7 @@ def _call(
         causal=causal,
         return_attn_probs=True,
     )
-    return out, lse.transpose(0, 1)
+    return out, lse if _lse_is_by_row(attend) else lse.transpose(0, 1)
 
 
 def _cumulative(lengths: Sequence[int], like: Tensor) -> Tensor:

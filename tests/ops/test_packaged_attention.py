@@ -26,6 +26,9 @@ from arr_fast.ops.prefix_attention import prefix_attention
 from arr_fast.ops.xformers import prefix_attention_xformers
 from tests.kernels.forests import Forest, dense_attention, draw_tensors, pack, random_nodes
 
+# As in flash_attn_interface.py: its Triton kernels for AMD are in use.
+USE_TRITON_ROCM = False
+
 
 def flash_attn_varlen_func(
     q,
@@ -49,7 +52,8 @@ def flash_attn_varlen_func(
     every tag of Dao-AILab/flash-attention from v2.7.0 to v2.8.3, 060c9188).
 
     Documented there: out (total, nheads, headdim) in the input dtype; softmax_lse (nheads,
-    total_q), natural log; causal is aligned to the bottom right.
+    total_q), natural log; causal is aligned to the bottom right. Not documented: softmax_lse is
+    (total_q, nheads) from flash_attn_triton_amd/fwd_prefill.py.
     """
     assert q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
     assert all(t.ndim == 3 and t.stride(-1) == 1 for t in (q, k, v))
@@ -72,7 +76,7 @@ def flash_attn_varlen_func(
             scores.masked_fill_(torch.ones(n, m).triu(m - n + 1).bool(), float("-inf"))
         lse[:, rows] = scores.logsumexp(-1)
         out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_i).to(q.dtype)
-    return out, lse, None
+    return out, lse.T if USE_TRITON_ROCM else lse, None
 
 
 class SplitKOp:
@@ -213,6 +217,31 @@ def test_a_head_dim_that_a_package_lacks_is_named(impl: str, head_dim: int) -> N
         prefix_attention(
             rows, rows, rows, rows[:0], rows[:0], start, table[:0, :3], table, 1.0, impl
         )
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_flash_attn_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "USE_TRITON_ROCM", True)
+    check("flash", 1, (6, 2), torch.float16)
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(
+    not {"FLASH_ATTENTION_TRITON_AMD_ENABLE", "TRITON_INTERPRET"} <= set(os.environ),
+    reason="needs flash-attn, TRITON_INTERPRET=1 and FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE",
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_flash_attn_own_kernels(seed: int) -> None:
+    """flash-attn's interface over its Triton kernels; docs/kernels.md says how to run this."""
+    from triton.runtime import driver
+
+    target = types.SimpleNamespace(backend="hip", arch="gfx942", warp_size=64)
+    driver.set_active(types.SimpleNamespace(get_current_target=lambda: target))
+    from flash_attn import flash_attn_interface
+
+    forward = flash_attn_interface._flash_attn_varlen_forward
+    forward.register_kernel("cpu")(forward._init_fn)
+    check("flash", seed, [(4, 4), (4, 2), (6, 2), (3, 1)][seed], torch.float16)
 
 
 @pytest.mark.interpret
