@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLUMNS = {"ratio": "seconds over ours", "peak_ratio": "peak bytes above results, over ours"}
+# Column of the CSV: unit, its label.
+COLUMNS = {"ratio": (1.0, "seconds over ours"), "peak_bytes": (1e6, "peak MB above inputs")}
 
 
 def plot(csv_path: Path, png_path: Path) -> None:
@@ -26,13 +27,11 @@ def plot(csv_path: Path, png_path: Path) -> None:
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), len(COLUMNS), squeeze=False)
     for line, (title, found) in zip(grid, panels.items(), strict=True):
-        for axes, (column, label) in zip(line, COLUMNS.items(), strict=True):
-            axes.barh(list(found), [float(row[column] or "nan") for row in found.values()])
+        for axes, (column, (unit, label)) in zip(line, COLUMNS.items(), strict=True):
+            axes.barh(list(found), [float(row[column] or "nan") / unit for row in found.values()])
             axes.set_title(title, fontsize=8)
             axes.set_xlabel(label, fontsize=7)
             axes.tick_params(labelsize=7)
-            if column == "peak_ratio":
-                axes.set_xscale("log")
     figure.suptitle(f"{rows[-1]['device']}, {rows[-1]['threads']} threads", fontsize=8)
     figure.savefig(png_path, dpi=150)
 
