@@ -148,7 +148,7 @@ def attention_case(
     )
     floats = dict.fromkeys(("out", "q", "k", "v", "k_pool", "v_pool"), f"*{dtype}")
     floats |= {"partial": "*fp32", "partial_lse": "*fp32"}
-    tables = dict.fromkeys(("slot_row", "own_start", "runs", "tiles"), "*i32")
+    integers = dict.fromkeys(("slot_row", "own_start", "runs", "tiles"), "*i32")
     strides = [f"stride_{t}{d}" for t in ("o", "q", "k", "v") for d in "th"]
     strides += ["stride_kpt", "stride_kph", "stride_vpt", "stride_vph"]
     return Case(
@@ -157,7 +157,7 @@ def attention_case(
         shape=name,
         dtype=dtype,
         arch=arch,
-        types=_pointers(floats | tables)
+        types=_pointers(floats | integers)
         | dict.fromkeys([*strides, "kv_heads"], "i32")
         | {"scale_log2": "fp32"},
         aligned=frozenset(strides),
