@@ -24,11 +24,12 @@ class BuildWithKernels(build_py):
         archs = [arch for arch in os.environ.get("ARR_FAST_AOT_ARCHS", "").split(";") if arch]
         if archs and not self.editable_mode:
             # Triton is heavy, and absent from isolated builds: it is imported only in this branch.
-            sys.path.insert(0, str(ROOT / "kernels"))
+            sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+            from arr_fast.engine.path_forest import tables_of_paths
             from arr_fast_kernels import aot
 
             target = Path(self.build_lib) / "arr_fast_kernels" / "aot_resources.json"
-            aot.write_report(archs, target)
+            aot.write_report(archs, target, tables_of_paths)
 
 
 setup(cmdclass={"build_py": BuildWithKernels})

@@ -92,8 +92,8 @@ def test_prefix_attention(prefix: int, head_dim: int, benchmark: Any) -> None:
         runs |= gpu_rivals(ours, q, keys, values, mask, scale)
     for name, run in runs.items():
         assert (run().double() - exact).abs().max() <= 2 * bound, name
-    ratios = report(benchmark, "prefix_attention", f"prefix{prefix}-D{head_dim}", DTYPE, runs)
-    assert min(ratio for name, ratio in ratios.items() if name != "ours") > 1
+    rows = report(benchmark, "prefix_attention", f"prefix{prefix}-D{head_dim}", DTYPE, runs)
+    assert min(row.ratio for name, row in rows.items() if name != "ours") > 1
 
 
 def gpu_rivals(

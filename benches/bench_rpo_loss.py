@@ -1,6 +1,8 @@
 """rpo_loss forward and backward against the eager formula of the published trainers.
 
-`pytest benches/bench_rpo_loss.py`. The gate: loss and dv agree with eager in the same run.
+`pytest benches/bench_rpo_loss.py`. The gate: loss and dv agree with eager in the same run. With
+fused loops on a CPU ours must be 5 times faster, and hold a third of what eager holds above the
+inputs and dv; without a C++ compiler, where blocks run, it must be ahead at all.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arr_fast.ops.latent_fused import why_not_fused
 from arr_fast.ops.rpo_loss import rpo_loss
 from arr_fast.ops.sde_step import sde_step, step_coefficients
 from benches.measure import report
@@ -68,13 +71,12 @@ def test_rpo_loss(shape: str, kl: str, benchmark: Any) -> None:
     runs: dict[str, Callable[[], Any]] = {"ours": lambda: ours(impl), "eager": eager}
     if DEVICE == "cuda":
         runs["compiled eager"] = torch.compile(eager)
-    ratios = report(benchmark, "rpo_loss", f"{shape} {kl}", torch.float32, runs)
-    peaks = {name: benchmark.extra_info[name]["peak_bytes"] for name in runs}
-    dv = v.numel() * 4
-    benchmark.extra_info["peak above dv, eager over ours"] = (peaks["eager"] - dv) / max(
-        peaks["ours"] - dv, 1
-    )
-    assert ratios["eager"] > 1
+    rows = report(benchmark, "rpo_loss", f"{shape} {kl}", torch.float32, runs)
+    is_fused = DEVICE == "cpu" and why_not_fused() is None
+    least_time, least_memory = (5, 3) if is_fused else (1, 1)
+    assert rows["eager"].ratio >= least_time
+    peak_ratio = rows["eager"].peak_ratio
+    assert peak_ratio is not None and peak_ratio >= least_memory
 
 
 def eager_loss(

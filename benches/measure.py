@@ -1,7 +1,8 @@
 """How the op suites measure: interleaved rounds, peak memory of allocations, one CSV row a number.
 
-`ARR_FAST_BENCH_CSV=path` appends a row per implementation; `python -m benches.plot_ops path
-out.png` draws it. On a GPU every timed call ends with a synchronisation, else the host is timed.
+`ARR_FAST_BENCH_CSV=path` appends a row per implementation; `python -m benches.run_ops ops.csv
+ops.png` runs all op suites into one file and draws it. On a GPU every timed call ends with a
+synchronisation, else the host is timed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class OpRow:
     """One implementation of one op at one shape; seconds are those of one call.
 
     `ratio` is the median over rounds of this one's seconds over ours in the same round.
+    `peak_bytes` is the most that a call held above its inputs, `peak_ratio` that without the
+    results (`output_bytes`, for the loss mainly dv) over ours.
     """
 
     op: str
@@ -40,6 +43,8 @@ class OpRow:
     seconds_p80: float
     ratio: float
     peak_bytes: int | None
+    output_bytes: int
+    peak_ratio: float | None
     threads: int
     device: str
     torch: str
@@ -105,12 +110,13 @@ def report(
     *,
     ours: str = "ours",
     with_memory: bool = True,
-) -> dict[str, float]:
-    """Times contenders, gives ours to pytest-benchmark, appends CSV rows, and returns ratios to
-    ours.
+) -> dict[str, OpRow]:
+    """Times contenders, gives ours to pytest-benchmark, appends CSV rows, and returns them by
+    name.
     """
     seconds = interleave(runs)
     peaks = {name: peak_allocated(run) if with_memory else None for name, run in runs.items()}
+    outputs = _tensor_bytes(runs[ours]())
     ratios = {
         name: median(a / b for a, b in zip(each, seconds[ours], strict=True))
         for name, each in seconds.items()
@@ -131,12 +137,14 @@ def report(
                 seconds_p80=cuts[7],
                 ratio=ratios[name],
                 peak_bytes=peaks[name],
+                output_bytes=outputs,
+                peak_ratio=_peak_ratio(peaks[name], peaks[ours], outputs),
                 **{k: where[k] for k in ("threads", "device", "torch", "commit", "time")},
             )
         )
     append(rows)
     for row in rows:
-        benchmark.extra_info[row.impl] = {"ratio": row.ratio, "peak_bytes": row.peak_bytes}
+        benchmark.extra_info[row.impl] = {"ratio": row.ratio, "peak_ratio": row.peak_ratio}
         milliseconds, peak = row.seconds * 1e3, row.peak_bytes
         print(f"{op} {shape} {row.impl}: {milliseconds:.2f} ms, x{row.ratio:.2f}, {peak} bytes")
 
@@ -145,7 +153,18 @@ def report(
         synchronise()
 
     benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=1)
-    return ratios
+    return {row.impl: row for row in rows}
+
+
+def _tensor_bytes(result: Any) -> int:
+    tensors = result if isinstance(result, tuple) else (result,)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _peak_ratio(peak: int | None, our_peak: int | None, outputs: int) -> float | None:
+    if peak is None or our_peak is None:
+        return None
+    return (peak - outputs) / max(our_peak - outputs, 1)
 
 
 def append(rows: list[OpRow]) -> None:

@@ -9,26 +9,29 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+# Column of the CSV: unit, its label.
+COLUMNS = {"ratio": (1.0, "seconds over ours"), "peak_bytes": (1e6, "peak MB above inputs")}
+
 
 def plot(csv_path: Path, png_path: Path) -> None:
-    """One bar per implementation, a panel per op and shape: seconds over ours."""
+    """One bar per implementation, a row of panels per op and shape: time and peak memory."""
     with csv_path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     if not rows:
         raise ValueError(f"{csv_path} holds no rows")
-    panels: dict[str, dict[str, float]] = {}
+    panels: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:  # of equal measurements the last one counts
         title = f"{row['op']} {row['shape']} {row['dtype']}"
-        panels.setdefault(title, {})[row["impl"]] = float(row["ratio"])
-    figure = Figure(figsize=(8, 0.6 + 1.5 * len(panels)), layout="constrained")
+        panels.setdefault(title, {})[row["impl"]] = row
+    figure = Figure(figsize=(11, 0.6 + 1.5 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, ratios) in zip(
-        figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True
-    ):
-        axes.barh(list(ratios), list(ratios.values()))
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel("seconds over ours", fontsize=7)
-        axes.tick_params(labelsize=7)
+    grid = figure.subplots(len(panels), len(COLUMNS), squeeze=False)
+    for line, (title, found) in zip(grid, panels.items(), strict=True):
+        for axes, (column, (unit, label)) in zip(line, COLUMNS.items(), strict=True):
+            axes.barh(list(found), [float(row[column] or "nan") / unit for row in found.values()])
+            axes.set_title(title, fontsize=8)
+            axes.set_xlabel(label, fontsize=7)
+            axes.tick_params(labelsize=7)
     figure.suptitle(f"{rows[-1]['device']}, {rows[-1]['threads']} threads", fontsize=8)
     figure.savefig(png_path, dpi=150)
 

@@ -4,9 +4,14 @@ Both compile ahead of time for GPUs that need not be present. `report` prints a 
 prints what breaks a budget and exits with 1 if anything does. `--json` writes one object:
 
     {"schema": "arr_fast.kernels/1", "triton": version, "ok": bool, "rows": [{op, kernel, shape,
-     dtype, arch, gpu, constants, num_warps, num_stages, programs, registers, spill_bytes,
+     dtype, arch, gpu, constants, counts, num_warps, num_stages, programs, registers, spill_bytes,
      vgpr_spills, shared, blocks_per_sm, matrix, async_copies, sass_matrix, sass_async_copies,
-     flops, least_bytes, bytes, hbm_bytes, bytes_over_least, roofline_us, bound, reason, problems}]}
+     program_bytes, flops, least_bytes, bytes, hbm_bytes, bytes_over_least, roofline_us, bound,
+     reason, problems}]}
+
+`counts` holds what tile tables of a judging forest say of prefix_attention: tiles and their limit,
+and bytes of keys and values that the tiles' paths hold (path), that are requested, that whole
+blocks would request (blocks), and that reach HBM (hbm).
 """
 
 from __future__ import annotations
@@ -54,7 +59,8 @@ def report(
         console.print(_table([row for row in rows if row.case.arch == name]))
     console.print(
         "x least: HBM bytes over the least possible. HBM bytes of prefix_attention assume the L2"
-        " model of arr_fast_kernels.traffic.attention_traffic. Roofline times are bounds, not"
+        " model of arr_fast_kernels.traffic.attention_traffic; x path: its keys and values, whole"
+        " blocks of them, over those on the tiles' paths. Roofline times are bounds, not"
         " measurements."
     )
 
@@ -90,6 +96,7 @@ def _compile(
         import triton  # noqa: F401  (its absence is reported as an option error, not a traceback)
     except ImportError:
         raise typer.BadParameter("triton is not installed; it has wheels for Linux only") from None
+    from arr_fast.engine.path_forest import tables_of_paths
     from arr_fast_kernels import aot
     from arr_fast_kernels.configs import ARCHS
     from arr_fast_kernels.specs import DTYPES, cases
@@ -102,7 +109,9 @@ def _compile(
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
     chosen = tuple(dtypes or ("fp16", "bf16"))
-    work = [case for name in names for case in cases(name, chosen, reduced=reduced)]
+    work = [
+        case for name in names for case in cases(name, tables_of_paths, chosen, reduced=reduced)
+    ]
     rows: list[Row] = []
     with typer.progressbar(length=len(work), label="compiling") as bar:
         for row in aot.build_rows(work, jobs=jobs):
@@ -137,6 +146,7 @@ def _table(rows: Sequence[Row]) -> Table:
         "GFLOP",
         "HBM MB",
         "x least",
+        "x path",
         "roofline us",
         "bound",
     ):
@@ -157,6 +167,7 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{case.flops / 1e9:.2f}",
             f"{case.hbm_bytes / 1e6:.1f}",
             f"{case.hbm_bytes / case.least_bytes:.2f}",
+            f"{case.counts['blocks'] / case.counts['path']:.2f}" if "path" in case.counts else "",
             f"{row.roofline_us:.1f}",
             row.bound if not row.problems else "BROKEN",
         )

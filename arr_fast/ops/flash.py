@@ -3,16 +3,18 @@
 The ancestors' part is one call over the families (no mask), the own part one causal call over the
 segments; flash-attn aligns the causal mask to the bottom right, which is what rows in the middle of
 a segment need. Partials come back in the input dtype, so this impl has an error bound of its own
-(one more rounding than the others) and is never chosen by "auto". Log-sum-exps are [Hq, rows],
-natural log.
+(one more rounding than the others) and is never chosen by "auto". Log-sum-exps are natural log,
+[Hq, rows], but [rows, Hq] from flash-attn's Triton kernels for AMD.
 
-Held in tests to the signature of flash_attn_varlen_func of flash-attn 2.7 and 2.8; flash-attn
-itself needs a GPU and has not been executed by this project's tests on a CPU.
+Held in tests to the signature of flash_attn_varlen_func of flash-attn v2.7.0 to v2.8.3 (060c9188,
+flash_attn/flash_attn_interface.py). flash-attn itself needs a GPU and has not been executed: see
+docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -39,11 +41,13 @@ def prefix_attention_flash(
 
     Raises:
         MissingDependencyError: flash-attn is not installed.
-        ValueError: q is neither float16 nor bfloat16.
+        ValueError: q is neither float16 nor bfloat16, or its head dim is over 256.
     """
     attend = _varlen_func()
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f'q is {q.dtype}; impl "flash" takes float16 or bfloat16')
+    if q.shape[2] > 256:
+        raise ValueError(f'q has head dim {q.shape[2]}; impl "flash" takes at most 256')
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
     families = families_of(runs, tiles)
@@ -75,6 +79,11 @@ def _varlen_func() -> Callable[..., Any]:
     return function
 
 
+def _lse_is_by_row(attend: Callable[..., Any]) -> bool:
+    """Whether log-sum-exps come as [rows, Hq]: FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE."""
+    return bool(getattr(sys.modules.get(attend.__module__), "USE_TRITON_ROCM", False))
+
+
 def _call(
     attend: Callable[..., Any],
     q: Tensor,
@@ -100,7 +109,7 @@ def _call(
         causal=causal,
         return_attn_probs=True,
     )
-    return out, lse.transpose(0, 1)
+    return out, lse if _lse_is_by_row(attend) else lse.transpose(0, 1)
 
 
 def _cumulative(lengths: Sequence[int], like: Tensor) -> Tensor:

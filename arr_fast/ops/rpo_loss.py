@@ -148,7 +148,7 @@ def rpo_loss_op(
         "log_prob_old": log_prob_old,
         "advantage": advantage,
     }
-    _check_rpo_loss(v, x, x_next, v_ref, v_old, scalars, clip_low, clip_high, kl, normalised)
+    check_rpo_loss(v, x, x_next, v_ref, v_old, scalars, clip_low, clip_high, kl, normalised)
     if impl == "torch":
         from arr_fast.ops.rpo_loss_torch import rpo_loss_torch as launch
     elif impl == "reference":
@@ -267,7 +267,7 @@ def _backward(ctx: Any, grad_loss: Tensor, grad_stats: Tensor) -> tuple[Tensor |
 rpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_rpo_loss(
+def check_rpo_loss(
     v: Tensor,
     x: Tensor,
     x_next: Tensor,
@@ -279,6 +279,7 @@ def _check_rpo_loss(
     kl: str,
     normalised: bool,
 ) -> None:
+    """Checks shapes, dtypes, devices and values; raises a ValueError that names the argument."""
     check_latents({"v": v, "x": x, "x_next": x_next, "v_ref": v_ref, "v_old": v_old}, like="v")
     check_scalars(scalars, v)
     std, dt = scalars["std"], scalars["dt"]

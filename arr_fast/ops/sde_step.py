@@ -159,7 +159,7 @@ def sde_step_op(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The op behind `sde_step`; scalars are float32 [B] tensors, so no value recompiles a graph."""
-    _check_sde_step(x, v, x_scale, v_scale, std, noise, seed)
+    check_sde_step(x, v, x_scale, v_scale, std, noise, seed)
     if impl == "torch":
         from arr_fast.ops.sde_step_torch import sde_step_torch as launch
     elif impl == "reference":
@@ -215,7 +215,7 @@ def _backward(ctx: Any, grad_x_next: Tensor, grad_log_prob: Tensor) -> tuple[Ten
 sde_step_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_sde_step(
+def check_sde_step(
     x: Tensor,
     v: Tensor,
     x_scale: Tensor,
@@ -224,6 +224,7 @@ def _check_sde_step(
     noise: Tensor | None,
     seed: Tensor | None,
 ) -> None:
+    """Checks shapes, dtypes, devices and values; raises a ValueError that names the argument."""
     check_latents({"x": x, "v": v, "noise": noise}, like="x")
     check_scalars({"x_scale": x_scale, "v_scale": v_scale, "std": std}, x)
     if noise is not None and seed is not None:

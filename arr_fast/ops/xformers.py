@@ -2,12 +2,13 @@
 
 Ancestors: `memory_efficient_attention_partial` without a bias, one call per family, grouped heads
 as [1, rows, Hkv, group, D]; keys are expanded over the group without a copy. Partials are asked for
-in float32, which only xFormers' split-K kernel offers; that kernel knows no causal bias without
-paged or padded keys, so the own part is computed in plain float32. `merge_attentions` combines the
-two; its log-sum-exps are [1, Hkv, group, rows], natural log, float64 beside float32 partials.
+in float32, which only xFormers' split-K kernel offers, so it is named; it knows no causal bias
+without paged or padded keys, so the own part is computed in plain float32. `merge_attentions`
+combines the two; its log-sum-exps are [1, Hkv, group, rows], natural log, float64 beside float32
+partials.
 
-Held in tests to the signatures of xFormers 0.0.35, where it is installed; its kernels need a GPU
-and have not been executed by this project's tests on a CPU.
+Held in tests to the signatures of xFormers 0.0.35 (v0.0.35, 03b91d7d, xformers/ops/fmha). Its
+kernels need a GPU; what has been executed of them is said in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from arr_fast.errors import MissingDependencyError
 from arr_fast.ops.varlen_plan import families_of, own_part, own_pieces_of
+
+HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 
 
 def prefix_attention_xformers(
@@ -37,11 +40,13 @@ def prefix_attention_xformers(
 
     Raises:
         MissingDependencyError: xFormers is not installed.
-        ValueError: q is neither float16 nor bfloat16.
+        ValueError: q is neither float16 nor bfloat16, or its head dim is not one of HEAD_DIMS.
     """
     fmha = _fmha()
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f'q is {q.dtype}; impl "xformers" takes float16 or bfloat16')
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f'q has head dim {q.shape[2]}; impl "xformers" takes {HEAD_DIMS}')
     rows, heads, dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, dim)
@@ -81,6 +86,8 @@ def _partial(fmha: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
         v[:, :, None].expand(expanded)[None],
         attn_bias=None,
         scale=scale,
+        # Left to itself, xFormers chooses among kernels that refuse float32 partials.
+        op=fmha.triton_splitk.FwOp,
         output_dtype=torch.float32,
     )
     return out, lse

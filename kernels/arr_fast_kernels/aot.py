@@ -4,7 +4,8 @@ made of it.
 NVIDIA: registers, stack and shared memory from `cuobjdump --dump-resource-usage` on the cubin
 (spills live in the stack frame, so stack 0 is no spill), instructions from PTX and, as ptxas left
 them, from nvdisasm's SASS; both tools come with triton. AMD: the metadata and instructions of the
-AMDGCN text, which is the machine code. The interpreter replaces `triton.jit`, so this module
+AMDGCN text, which is the machine code. Bytes that a kernel without loops requests: the loads and
+stores of Triton's own IR. The interpreter replaces `triton.jit`, so this module
 refuses to run under TRITON_INTERPRET=1. Idea: Triton's own
 python/test/unit/language/test_compile_only.py.
 """
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import Any
 from arr_fast_kernels.configs import ARCHS
 from arr_fast_kernels.roofline import GPUS, Resources, blocks_per_sm, roofline
 from arr_fast_kernels.specs import Case, cases
+from arr_fast_kernels.traffic import BuildTables
 
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
@@ -39,6 +42,10 @@ MATRIX_INSTRUCTION = {
 SASS_MATRIX = {"sm_80": "[HI]MMA", "sm_90": "[HIQ]GMMA", "sm_100": "UTC[HIQO]MMA"}
 # cp.async; a bulk copy; a tile copy through a tensor map.
 SASS_ASYNC_COPY = "LDGSTS|UBLKCP|UTMALDG"
+LATENT_KERNELS = ("_sde_step_kernel", "_rpo_sums_kernel", "_rpo_backward_kernel")
+# Bytes over the least possible; key and value bytes over what the tiles' paths hold.
+MOST_LATENT_BYTES = 1.1
+MOST_KEY_BYTES = 1.15
 _CASE_KEYS: tuple[str, ...] = (
     "op",
     "kernel",
@@ -69,6 +76,7 @@ class Row:
         return {
             **{key: getattr(self.case, key) for key in _CASE_KEYS},
             "constants": dict(self.case.constants),
+            "counts": dict(self.case.counts),
             **asdict(self.resources),
             "blocks_per_sm": self.blocks_per_sm,
             "gpu": GPUS[self.case.arch].name,
@@ -112,8 +120,10 @@ def compile_case(case: Case) -> Resources:
     )
     shared = int(compiled.metadata.shared)
     if case.arch.startswith("gfx"):
-        return _read_amdgcn(compiled.asm["amdgcn"], shared)
-    return _read_cubin(compiled.asm["cubin"], compiled.asm["ptx"], case.arch, shared)
+        resources = _read_amdgcn(compiled.asm["amdgcn"], shared)
+    else:
+        resources = _read_cubin(compiled.asm["cubin"], compiled.asm["ptx"], case.arch, shared)
+    return replace(resources, program_bytes=count_bytes(compiled.asm["ttir"]))
 
 
 # Shapes that share constants share a binary: it is taken apart once.
@@ -140,6 +150,7 @@ def _read_cubin(cubin: bytes, ptx: str, arch: str, shared: int) -> Resources:
         async_copies=len(re.findall(ASYNC_COPY["sm"], ptx)),
         sass_matrix=count_sass(sass, SASS_MATRIX[arch]),
         sass_async_copies=count_sass(sass, SASS_ASYNC_COPY),
+        program_bytes=0,
     )
 
 
@@ -150,6 +161,16 @@ def _output_of(*command: str) -> str:
 def count_sass(sass: str, opcode: str) -> int:
     """Instructions of nvdisasm's text whose opcode matches; a predicate may stand before it."""
     return len(re.findall(rf"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?:{opcode})\b", sass, re.M))
+
+
+def count_bytes(ttir: str) -> int:
+    """Bytes of every load and store of Triton's IR, each once; masked lanes count."""
+    total = 0
+    for shape, bits in re.findall(
+        r"tt\.(?:load|store) [^:]*: (?:tensor<([\dx]+)x)?!tt\.ptr<[a-z]+(\d+)>", ttir
+    ):
+        total += math.prod(map(int, shape.split("x"))) * int(bits) // 8 if shape else int(bits) // 8
+    return total
 
 
 def _read_amdgcn(text: str, shared: int) -> Resources:
@@ -168,6 +189,7 @@ def _read_amdgcn(text: str, shared: int) -> Resources:
         async_copies=len(re.findall(ASYNC_COPY["gfx"], text)),
         sass_matrix=None,
         sass_async_copies=None,
+        program_bytes=0,
     )
 
 
@@ -186,14 +208,34 @@ def problems_of(case: Case, resources: Resources) -> tuple[str, ...]:
             found.append(f"no {MATRIX_INSTRUCTION[case.arch]}")
         elif case.matrix and resources.sass_matrix == 0:
             found.append(f"no {SASS_MATRIX[case.arch]} in SASS")
-    if case.op in ("sde_step", "rpo_loss") and case.hbm_bytes > 1.1 * case.least_bytes:
-        found.append("bytes over 1.1x the least")
+    if case.kernel in LATENT_KERNELS:
+        found += _latent_problems(case, resources)
     if case.kernel == "_prefix_attention_kernel":
-        if case.extra["tiles"] > case.extra["tile_limit"]:
-            found.append(f"{case.extra['tiles']:.0f} tiles over {case.extra['tile_limit']:.0f}")
-        if int(case.constants["BLOCK_M"]) < 64:
-            found.append("BLOCK_M under 64")
+        found += _attention_problems(case)
     return tuple(found)
+
+
+def _latent_problems(case: Case, resources: Resources) -> Iterable[str]:
+    """What the compiled kernel requests, and what is needed to add its partial sums up."""
+    requested = resources.program_bytes * case.programs
+    ratio = (requested + case.counts["finalise_bytes"]) / case.least_bytes
+    if ratio > MOST_LATENT_BYTES:
+        yield f"bytes {ratio:.2f}x the least, over {MOST_LATENT_BYTES}x"
+    # Otherwise the report would print bytes that no kernel moves.
+    if requested != case.bytes:
+        yield f"requests {requested} bytes where specs.py says {case.bytes:.0f}"
+
+
+def _attention_problems(case: Case) -> Iterable[str]:
+    """Tiles and key/value bytes of the engine's tile tables under this case's block sizes."""
+    counts = case.counts
+    if counts["tiles"] > counts["tile_limit"]:
+        yield f"{counts['tiles']:.0f} tiles over {counts['tile_limit']:.0f}"
+    ratio = counts["blocks"] / counts["path"]
+    if ratio > MOST_KEY_BYTES:
+        yield f"key and value bytes {ratio:.2f}x tiles x path, over {MOST_KEY_BYTES}x"
+    if int(case.constants["BLOCK_M"]) < 64:
+        yield "BLOCK_M under 64"
 
 
 def build_row(case: Case) -> Row:
@@ -245,10 +287,10 @@ def report(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def write_report(archs: Sequence[str], path: Path) -> None:
+def write_report(archs: Sequence[str], path: Path, build_tables: BuildTables) -> None:
     """Compiles every fp16 and bf16 case of some architectures and writes the table; setup.py calls
     this."""
-    work = [case for arch in archs for case in cases(canonical_arch(arch))]
+    work = [case for arch in archs for case in cases(canonical_arch(arch), build_tables)]
     rows = list(build_rows(work, jobs=os.cpu_count() or 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report(rows), indent=1) + "\n")

@@ -7,7 +7,7 @@ of its own segment.
 
 Legend: T new rows, C pool rows, Hq query heads, Hkv key heads, group = Hq / Hkv, D head dim, R
 runs, N tiles, M query slots of a tile (row-major over (row, head of the group)), K keys of one
-block.
+block. Strides: o, q, k, v, and kp, vp of the pools; t is a row's, h a head's.
 
 One program handles one tile and one KV head. A tile gathers contiguous rows of sibling segments
 times the whole GQA group, so every ancestor key and value is read once per tile, whatever the
@@ -169,6 +169,7 @@ def _prefix_attention_kernel(
         mask=is_stored_MD,
         other=0.0,
     )
+    # Slots past the tile's rows see no own key: theirs start after every row.
     own_start_M = tl.load(own_start_ptr + row64_M, mask=is_row_M, other=2147483647)
 
     running_max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)

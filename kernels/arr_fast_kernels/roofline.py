@@ -54,6 +54,8 @@ class Resources:
         async_copies: asynchronous copies to shared memory in PTX or AMDGCN.
         sass_matrix: matrix instructions in SASS (None on AMD).
         sass_async_copies: asynchronous copies in SASS (None on AMD).
+        program_bytes: bytes of every load and store in Triton's IR, each once and masked lanes
+            included: what a program requests, if it has no loop.
     """
 
     registers: int
@@ -64,6 +66,7 @@ class Resources:
     async_copies: int
     sass_matrix: int | None
     sass_async_copies: int | None
+    program_bytes: int
 
 
 def blocks_per_sm(case: Case, resources: Resources) -> int:

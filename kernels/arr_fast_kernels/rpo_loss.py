@@ -160,6 +160,7 @@ def _rpo_loss_kernel(
     clipped_ratio = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
     policy = -advantage * ratio
     clipped_policy = -advantage * clipped_ratio
+    # d loss / d log_prob: that of -A rho is -A rho itself, that of the clipped term is 0.
     slope = tl.where(policy >= clipped_policy, policy, 0.0) * policy_scale * ratio_slope
     loss = tl.where(policy >= clipped_policy, policy, clipped_policy) * policy_scale
 

@@ -3,8 +3,10 @@ must read and write.
 
 A `Case` is one kernel at one shape and dtype. It knows the arguments' types (so that `aot.py` can
 compile it for a GPU that is absent), its floating-point operations, the least bytes that any
-implementation must move, and the bytes that ours moves, counted from what it loads and stores
-(tests count the same bytes in the interpreter). Pure Python: needs neither triton nor a GPU.
+implementation must move, and the bytes that ours moves. Those are counted from tile tables that the
+caller's engine builds (`attention_traffic`); `aot.py` holds the elementwise kernels' bytes to the
+loads and stores of the compiled kernel, and tests count both in the interpreter. Needs neither
+triton nor a GPU.
 
 Judges are Qwen3-VL 2B, 4B, 8B and 32B: (hidden, query heads, KV heads, head dim, vocabulary) of
 their published text configs. Latents are FLUX's and Qwen-Image's: 16 channels at 1/8 size, packed 2
@@ -23,6 +25,7 @@ from arr_fast_kernels.configs import (
     LABEL_WARPS,
     MAX_SPLIT_TILES,
     VOCAB_PART,
+    AttentionConfig,
     attention_config,
     dot_precision,
     elementwise_config,
@@ -30,7 +33,7 @@ from arr_fast_kernels.configs import (
     rows_per_tile,
     vocab_config,
 )
-from arr_fast_kernels.traffic import ForestShape, attention_traffic
+from arr_fast_kernels.traffic import BuildTables, ForestShape, attention_traffic
 
 __all__ = ["MAX_SPLIT_TILES", "Case", "cases", "rows_per_tile"]
 
@@ -70,6 +73,8 @@ class Case:
         hbm_bytes: what remains of `bytes` behind the L2 cache, under the model in
             `attention_traffic`.
         reason: why the configuration is what it is.
+        counts: what else was counted: `attention_traffic`'s numbers for prefix_attention, and
+            finalise_bytes of a latent kernel whose partial sums another kernel adds up.
     """
 
     op: str
@@ -89,24 +94,35 @@ class Case:
     bytes: float
     hbm_bytes: float
     reason: str
-    extra: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 def cases(
-    arch: str, dtypes: tuple[str, ...] = ("fp16", "bf16"), *, reduced: bool = False
+    arch: str,
+    build_tables: BuildTables,
+    dtypes: tuple[str, ...] = ("fp16", "bf16"),
+    *,
+    reduced: bool = False,
 ) -> list[Case]:
-    """Returns every case of an architecture; `reduced` keeps the smallest judge, one other head dim
-    and one latent size."""
+    """Returns every case of an architecture.
+
+    Args:
+        arch: one of ARCHS.
+        build_tables: packs the forest and cuts its tiles, as the engine does.
+        dtypes: of fp16, bf16 and fp32.
+        reduced: keeps the smallest judge and one latent size.
+    """
     judges = dict(list(JUDGES.items())[:1]) if reduced else JUDGES
     others = {} if reduced else OTHER_HEADS
     latents = dict(list(LATENTS.items())[:1]) if reduced else LATENTS
     found: list[Case] = []
     for dtype in dtypes:
         for name, (hidden, query_heads, kv_heads, head_dim, vocab) in judges.items():
-            found.append(attention_case(arch, dtype, name, query_heads, kv_heads, head_dim))
+            heads = (query_heads, kv_heads, head_dim)
+            found.append(attention_case(arch, build_tables, dtype, name, *heads))
             found += head_cases(arch, dtype, name, hidden, vocab)
-        for name, (query_heads, kv_heads, head_dim) in others.items():
-            found.append(attention_case(arch, dtype, name, query_heads, kv_heads, head_dim))
+        for name, heads in others.items():
+            found.append(attention_case(arch, build_tables, dtype, name, *heads))
         found.append(merge_case(arch, dtype, *next(iter(judges.values()))[1:4]))
         for name, elements in latents.items():
             found += latent_cases(arch, dtype, name, elements)
@@ -114,16 +130,25 @@ def cases(
 
 
 def attention_case(
-    arch: str, dtype: str, name: str, query_heads: int, kv_heads: int, head_dim: int
+    arch: str,
+    build_tables: BuildTables,
+    dtype: str,
+    name: str,
+    query_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    config: AttentionConfig | None = None,
 ) -> Case:
-    """`prefix_attention` over the standard forest."""
-    config = attention_config(arch, head_dim, DTYPES[dtype])
+    """`prefix_attention` over the standard forest; `config` None takes the shipped block sizes."""
+    config = config or attention_config(arch, head_dim, DTYPES[dtype])
+    shape = ForestShape()
+    tables = build_tables(shape.paths(), config.block_m * kv_heads // query_heads)
     traffic = attention_traffic(
-        ForestShape(), query_heads, kv_heads, head_dim, arch, DTYPES[dtype].itemsize
+        shape, tables, query_heads, kv_heads, head_dim, config, DTYPES[dtype].itemsize
     )
     floats = dict.fromkeys(("out", "q", "k", "v", "k_pool", "v_pool"), f"*{dtype}")
     floats |= {"partial": "*fp32", "partial_lse": "*fp32"}
-    tables = dict.fromkeys(("slot_row", "own_start", "runs", "tiles"), "*i32")
+    integers = dict.fromkeys(("slot_row", "own_start", "runs", "tiles"), "*i32")
     strides = [f"stride_{t}{d}" for t in ("o", "q", "k", "v") for d in "th"]
     strides += ["stride_kpt", "stride_kph", "stride_vpt", "stride_vph"]
     return Case(
@@ -132,7 +157,7 @@ def attention_case(
         shape=name,
         dtype=dtype,
         arch=arch,
-        types=_pointers(floats | tables)
+        types=_pointers(floats | integers)
         | dict.fromkeys([*strides, "kv_heads"], "i32")
         | {"scale_log2": "fp32"},
         aligned=frozenset(strides),
@@ -154,7 +179,7 @@ def attention_case(
         bytes=traffic["query_bytes"] + traffic["requested"],
         hbm_bytes=traffic["query_bytes"] + traffic["hbm"],
         reason=config.reason,
-        extra=traffic,
+        counts=traffic,
     )
 
 
@@ -316,8 +341,9 @@ def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
         constants: dict[str, int | str | bool],
         *,
         streams: int,
-        written: float,
+        scalars: int,
         operations: int,
+        finalise: float = 0.0,
     ) -> Case:
         return Case(
             op=op,
@@ -334,9 +360,10 @@ def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
             matrix=False,
             flops=float(operations * numbers),
             least_bytes=float(streams * itemsize * numbers),
-            bytes=streams * itemsize * numbers + written,
-            hbm_bytes=streams * itemsize * numbers + written,
+            bytes=float(streams * itemsize * numbers + scalars * programs),
+            hbm_bytes=float(streams * itemsize * numbers + scalars * programs),
             reason=config.reason,
+            counts={"finalise_bytes": finalise},
         )
 
     step = dict.fromkeys(("x_next", "x", "v", "noise"), f"*{dtype}")
@@ -355,7 +382,9 @@ def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
     )
     forward: dict[str, int | str | bool] = {"KL": 1, "HAS_REF": True, "HAS_OLD": False}
     backward: dict[str, int | str | bool] = {"HAS_REF": True, "HAS_OLD": False}
-    per_sample = 12.0 * programs  # the step's scalars are read by every program
+    log_prob = _finalise_case(arch, dtype, name, "sde_step", "_log_prob_kernel", blocks, sums=1)
+    sums = _finalise_case(arch, dtype, name, "rpo_loss", "_rpo_loss_kernel", blocks, sums=2)
+    # Scalars: bytes of the numbers that a program loads and of the sums that it stores.
     return [
         case(
             "sde_step",
@@ -365,8 +394,9 @@ def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
             step_integers,
             {"NOISE": 1},
             streams=4,
-            written=per_sample + 4.0 * programs,
+            scalars=16,
             operations=8,
+            finalise=log_prob.bytes,
         ),
         case(
             "sde_step",
@@ -376,8 +406,9 @@ def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
             step_integers,
             {"NOISE": 2},
             streams=3,
-            written=per_sample + 12.0 * programs,
+            scalars=24,
             operations=20,
+            finalise=log_prob.bytes,
         ),
         case(
             "rpo_loss",
@@ -387,8 +418,9 @@ def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
             loss_integers,
             forward,
             streams=4,
-            written=8.0 * programs + 8.0 * programs,
+            scalars=16,
             operations=9,
+            finalise=sums.bytes,
         ),
         case(
             "rpo_loss",
@@ -398,11 +430,11 @@ def latent_cases(arch: str, dtype: str, name: str, elements: int) -> list[Case]:
             loss_integers,
             backward,
             streams=5,
-            written=20.0 * programs,
+            scalars=20,
             operations=8,
         ),
-        _finalise_case(arch, dtype, name, "sde_step", "_log_prob_kernel", blocks, sums=1),
-        _finalise_case(arch, dtype, name, "rpo_loss", "_rpo_loss_kernel", blocks, sums=2),
+        log_prob,
+        sums,
     ]
 
 

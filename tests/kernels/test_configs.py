@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arr_fast.engine.path_forest import tables_of_paths
 from arr_fast_kernels.configs import (
     ARCHS,
     HEAD_DIMS,
@@ -65,7 +66,7 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter(monkeypatch: pytest.Mon
 
 def test_every_case_has_a_reason_and_moves_at_least_the_least() -> None:
     for arch in ARCHS:
-        for case in cases(arch, ("fp16", "bf16", "fp32")):
+        for case in cases(arch, tables_of_paths, ("fp16", "bf16", "fp32")):
             assert case.reason
             assert case.hbm_bytes >= case.least_bytes * (1 - 1e-9), case.kernel
             assert case.bytes >= case.hbm_bytes * (1 - 1e-9), case.kernel

@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from arr_fast.ops.rpo_loss import rpo_loss, rpo_loss_backward_op, rpo_loss_op
+from arr_fast.ops.rpo_loss import (
+    check_rpo_loss,
+    rpo_loss,
+    rpo_loss_backward_op,
+    rpo_loss_op,
+)
 from tests.ops.rpo_cases import rpo_inputs
 from tests.ops.rpo_checks import check_loss, coefficients_of
 
@@ -205,12 +210,32 @@ def test_compiled_equals_eager_and_never_recompiles() -> None:
         ({"kl": "k3"}, "kl must be one of"),
         ({"v_ref": None}, "v_ref is needed by"),
         ({"normalised": False}, "v_old turns GRPO-Guard on"),
-        ({"impl": "cuda"}, "impl must be"),
     ],
 )
-def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_bad_input_is_named(change: dict[str, Any], message: str, impl: str) -> None:
     with pytest.raises(ValueError, match=message):
-        rpo_loss_op(*{**op_arguments("torch"), **change}.values())
+        rpo_loss_op(*{**op_arguments(impl), **change}.values())
+
+
+def test_an_unknown_impl_is_named() -> None:
+    with pytest.raises(ValueError, match="impl must be torch, triton or reference, got 'cuda'"):
+        rpo_loss_op(*op_arguments("cuda").values())
+
+
+LATENTS = ("x", "x_next", "v_ref", "v_old")
+SCALARS = ("x_scale", "v_scale", "std", "dt", "log_prob_old", "advantage")
+
+
+@pytest.mark.parametrize("name", LATENTS + SCALARS)
+def test_input_on_another_device_is_named(name: str) -> None:
+    """The check itself: PyTorch sends a call with a meta tensor to the fake implementation."""
+    given = op_arguments("torch")
+    given[name] = given[name].to("meta")
+    latents = {key: given[key] for key in ("v", *LATENTS)}
+    scalars = {key: given[key] for key in SCALARS}
+    with pytest.raises(ValueError, match=f"{name} is on meta, .* on cpu"):
+        check_rpo_loss(*latents.values(), scalars, 0.2, 0.2, "latent_mean", True)
 
 
 def _loss_and_grad(inputs: dict[str, Any], *, shift: Tensor | None = None) -> tuple[Tensor, Any]:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from arr_fast.ops.philox import philox_normal, philox_words
-from arr_fast.ops.sde_step import StepCoefficients, sde_step, sde_step_op, step_coefficients
+from arr_fast.ops.sde_step import (
+    StepCoefficients,
+    check_sde_step,
+    sde_step,
+    sde_step_op,
+    step_coefficients,
+)
 from tests.ops.rpo_cases import draw_latents, published_step, sigmas, spread
 from tests.ops.rpo_checks import check_step, coefficients_of
 
@@ -172,12 +178,29 @@ def test_compiled_equals_eager() -> None:
         ({"noise": None}, "noise or seed is needed"),
         ({"std": torch.tensor([math.nan, 1.0])}, "std holds NaN"),
         ({"v_scale": torch.ones(3)}, "v_scale must be float32"),
-        ({"impl": "flash"}, "impl must be"),
     ],
 )
-def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_bad_input_is_named(change: dict[str, Any], message: str, impl: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sde_step_op(*op_arguments(**change).values())
+        sde_step_op(*op_arguments(**change, impl=impl).values())
+
+
+def test_an_unknown_impl_is_named() -> None:
+    with pytest.raises(ValueError, match="impl must be torch, triton or reference, got 'flash'"):
+        sde_step_op(*op_arguments(impl="flash").values())
+
+
+@pytest.mark.parametrize("name", ["v", "noise", "seed", "x_scale", "v_scale", "std"])
+def test_input_on_another_device_is_named(name: str) -> None:
+    """The check itself: PyTorch sends a call with a meta tensor to the fake implementation."""
+    given = op_arguments()
+    if name == "seed":
+        given |= {"noise": None, "seed": torch.tensor([1, 2])}
+    given[name] = given[name].to("meta")
+    keys = ("x", "v", "x_scale", "v_scale", "std", "noise", "seed")
+    with pytest.raises(ValueError, match=f"{name} is on meta, .* on cpu"):
+        check_sde_step(*(given[key] for key in keys))
 
 
 @pytest.mark.parametrize(

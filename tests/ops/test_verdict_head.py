@@ -94,18 +94,27 @@ def test_op_contract() -> None:
         (5, torch.tensor([0, 3, 3, 4], dtype=torch.int32), "label_ptr must rise from 0 to 4"),
         (5, torch.tensor([0, 2, 5], dtype=torch.int32), "label_ptr must rise from 0 to 4"),
         (6, torch.zeros(9, 5), "vocab_weight must be"),
-        (7, "flash", "impl must be"),
     ],
 )
-def test_bad_arguments_are_named(position: int, value: object, message: str) -> None:
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_bad_arguments_are_named(position: int, value: object, message: str, impl: str) -> None:
     x, norm, weight, ptr = case()
-    args = [x, norm, EPS, False, weight[:4], ptr, weight, "torch"]
+    args = [x, norm, EPS, False, weight[:4], ptr, weight, impl]
     args[position] = value
     with pytest.raises(ValueError, match=message):
         verdict_head(*args)
 
 
-@pytest.mark.parametrize(("position", "name"), [(4, "label_rows"), (5, "label_ptr")])
+def test_an_unknown_impl_is_named() -> None:
+    x, norm, weight, ptr = case()
+    with pytest.raises(ValueError, match="impl must be torch, triton or reference, got 'flash'"):
+        verdict_head(x, norm, EPS, False, weight[:4], ptr, weight, "flash")
+
+
+@pytest.mark.parametrize(
+    ("position", "name"),
+    [(1, "norm_weight"), (4, "label_rows"), (5, "label_ptr"), (6, "vocab_weight")],
+)
 def test_labels_on_another_device_are_named(position: int, name: str) -> None:
     x, norm, weight, ptr = case()
     args = [x, norm, EPS, False, weight[:4], ptr, weight, "torch"]

@@ -7,7 +7,6 @@ the defect here.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +14,10 @@ from types import ModuleType
 import pytest
 import torch
 
-import arr_fast_kernels
 from tests.kernels.forests import Node, pack
 from tests.kernels.interpret import test_prefix_attention as attention
 from tests.kernels.interpret import test_verdict_head as head
+from tests.kernels.mutations import load
 from tests.ops.rpo_checks import check_loss, check_step
 
 pytestmark = pytest.mark.slow
@@ -140,20 +139,6 @@ LOSS = {
         "    plane",
     ),
 }
-
-
-def load(name: str, mutation: tuple[str, str], tmp_path: Path) -> ModuleType:
-    """The kernel file with one replacement, as a module."""
-    source = (Path(arr_fast_kernels.__file__).parent / f"{name}.py").read_text()
-    old, new = mutation
-    assert source.count(old) >= 1, f"{old!r} is no longer in {name}.py"
-    path = tmp_path / f"mutated_{name}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"mutated_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_attention(module: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,20 +11,23 @@ import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
+from arr_fast.engine.path_forest import tables_of_paths
 from arr_fast.ops.rpo_loss import rpo_loss
 from arr_fast.ops.sde_step import sde_step
-from arr_fast_kernels.configs import rows_per_tile
-from arr_fast_kernels.prefix_attention import prefix_attention
+from arr_fast_kernels.configs import attention_config
+from arr_fast_kernels.prefix_attention import MERGE_BLOCK_M, prefix_attention
 from arr_fast_kernels.traffic import ForestShape, attention_traffic
-from tests.kernels.forests import Node, draw_tensors, pack
 from tests.ops.rpo_cases import draw_latents, rpo_inputs
 from tests.ops.rpo_checks import coefficients_of
 
 
 @contextmanager
 def counted_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
-    """Counts the bytes of unmasked lanes of every load and store, by "load" and "store"."""
-    counts = {"load": 0, "store": 0}
+    """Counts the bytes of unmasked lanes of every load and store, by "load" and "store", and by
+    "blocks" those of all lanes of the loads of keys and values.
+    """
+    counts = {"load": 0, "store": 0, "blocks": 0}
+    block = (attention_config("interpret", 64, torch.float16).block_n, 64)
 
     def counting(name: str, kind: str) -> Callable[..., Any]:
         original = getattr(interpreter_builder, name)
@@ -43,6 +45,8 @@ def counted_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
             lanes = int(np.sum(mask)) if mask is not None else int(np.asarray(pointer.data).size)
             width = pointer.get_element_ty().primitive_bitwidth // 8
             counts[kind] += lanes * width
+            if kind == "load" and np.asarray(pointer.data).shape == block:
+                counts["blocks"] += np.asarray(pointer.data).size * width
             return original(*args, **kwargs)
 
         return wrapper
@@ -105,50 +109,43 @@ def test_rpo_loss_moves_each_latent_once(
 def test_attention_requests_each_path_once_per_tile(
     heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requested bytes equal the model exactly: every tile and KV head streams its path once,
-    whatever the siblings.
+    """Requested bytes equal the model exactly, without masked lanes and with them: every tile and
+    KV head streams its path once, whatever the siblings.
     """
-    shape = ForestShape(pairs=1, text=9, images=21, criteria=5, criterion=7)
-    nodes = [Node(None, shape.text, children=[1, 2])]
-    nodes += [Node(0, shape.images, children=[3 + 5 * i + j for j in range(5)]) for i in range(2)]
-    nodes += [Node(1 + i, shape.criterion) for i in range(2) for _ in range(5)]
+    shape = ForestShape(pairs=1, text=17, images=21, criteria=5, criterion=7)
+    config = attention_config("interpret", 64, torch.float16)
     group = heads[0] // heads[1]
-    forest = pack([nodes], rows_per_tile=rows_per_tile(group, 64, "interpret"))
-    assert forest.real_rows == shape.rows
-    tensors = draw_tensors(
-        forest, query_heads=heads[0], kv_heads=heads[1], head_dim=64, dtype=torch.float16, seed=0
+    tables = tables_of_paths(shape.paths(), config.block_m // group)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(shape.rows, count, 64, generator=generator).half()
+        for count in (*heads, heads[1])
     )
     with counted_bytes(monkeypatch) as counts:
         prefix_attention(
-            **tensors,
-            own_start=forest.own_start,
-            runs=forest.runs,
-            tiles=forest.tiles,
+            q=q,
+            k=k,
+            v=v,
+            k_pool=k[:0],
+            v_pool=v[:0],
+            own_start=tables[0],
+            runs=tables[1],
+            tiles=tables[2],
             scale=0.125,
         )
-    model = attention_traffic(shape, heads[0], heads[1], 64, "interpret", 2)
-    tables = _table_bytes(forest, heads[1], group)
-    assert counts["load"] == model["requested"] + model["query_bytes"] / 2 + tables
+    model = attention_traffic(shape, tables, *heads, 64, config, 2)
+    table_bytes = _table_bytes(tables[2], heads[1], group, config.block_m)
+    assert counts["load"] == model["requested"] + model["query_bytes"] / 2 + table_bytes
     assert counts["store"] == model["query_bytes"] / 2
-    assert len(forest.tiles) == model["tiles"] == model["tile_limit"]
+    assert counts["blocks"] == model["blocks"] > model["requested"] == model["path"]
+    assert len(tables[2]) == model["tiles"] == model["tile_limit"]
 
 
-def _table_bytes(forest: Any, kv_heads: int, group: int) -> int:
+def _table_bytes(tiles: torch.Tensor, kv_heads: int, group: int, block_m: int) -> int:
     """What the tables cost: 6 + 1 numbers a tile, one own_start a query slot, 3 a run; then the
     merge's look at each slot.
     """
     numbers = 0
-    for _, rows, begin, end, _, _ in forest.tiles.tolist():
+    for _, rows, begin, end, _, _ in tiles.tolist():
         numbers += 7 + rows * group + 3 * (end - begin)
-    block_m_parts = 2  # MERGE_BLOCK_M is 16, BLOCK_M under the interpreter 32
-    return 4 * kv_heads * (numbers + len(forest.tiles) * block_m_parts)
-
-
-def test_tiles_are_few_for_shipped_blocks() -> None:
-    """At most ceil(rows x group / BLOCK_M) tiles per parent wherever group divides BLOCK_M."""
-    rng = random.Random(0)
-    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        for heads in ((16, 8), (32, 8), (64, 8)):
-            shape = ForestShape(criteria=rng.randint(1, 30), criterion=rng.randint(5, 40))
-            model = attention_traffic(shape, *heads, 128, arch, 2)
-            assert model["tiles"] <= model["tile_limit"]
+    return 4 * kv_heads * (numbers + len(tiles) * block_m // MERGE_BLOCK_M)
