@@ -27,8 +27,8 @@ from arr_fast.errors import UnsupportedModelError
 
 TEMPLATE_VERSION = 1
 
-# Ids of short texts are kept: criteria and captions return. At most about 1 KiB of text and 1 KiB of
-# ids each, so 32 MiB; a long text costs little to encode beside its forward.
+# Ids of short texts are kept: criteria and captions return. An ASCII text and its ids hold 2 KiB at
+# most, so all hold 32 MiB; encoding a long text costs little beside its forward.
 _CACHED_TEXTS = 16384
 _CACHED_CHARACTERS = 1024
 
