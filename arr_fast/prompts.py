@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,11 @@ from tokenizers import Tokenizer
 from arr_fast.errors import UnsupportedModelError
 
 TEMPLATE_VERSION = 2
+
+# Ids of short texts are kept: criteria and captions return. An ASCII text and its ids hold 2 KiB at
+# most, so all hold 32 MiB; encoding a long text costs little beside its forward.
+_CACHED_TEXTS = 16384
+_CACHED_CHARACTERS = 1024
 
 PAIR_T2I = (
     "Compare two images made from a caption by the criterion given last, and by nothing else. "
@@ -162,8 +168,8 @@ class PromptEncoder:
             raise UnsupportedModelError(f"image token {image_token!r} is not an added token")
         by_length = sorted(self._added, key=len, reverse=True)
         self._control = re.compile("(" + "|".join(re.escape(t) for t in by_length) + ")")
-        self._skeletons: dict[str, list[str]] = {}
-        self._encode_text = lru_cache(maxsize=65536)(self._encode_text_uncached)
+        self._rendered = lru_cache(maxsize=256)(self._render)
+        self._encode_short = lru_cache(maxsize=_CACHED_TEXTS)(self._encode_uncached)
 
     def encode(self, parts: Sequence[Part], image_features: Sequence[int]) -> list[TokenRun]:
         """Encodes one user turn and the generation prompt.
@@ -291,15 +297,24 @@ class PromptEncoder:
                     )
         return tuple(found)
 
-    def _encode_text_uncached(self, text: str) -> tuple[int, ...]:
-        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+    def _encode_text(self, text: str) -> Sequence[int]:
+        encode = self._encode_short if len(text) <= _CACHED_CHARACTERS else self._encode_uncached
+        return encode(text)
+
+    def _encode_uncached(self, text: str) -> Sequence[int]:
+        return array("i", self._plain.encode(text, add_special_tokens=False).ids)
 
     def _skeleton(self, groups: Sequence[Group]) -> list[str]:
         """The rendered template as control tokens and text pieces that still hold sentinels."""
+<<<<<<< HEAD
         shape = "".join("t" if isinstance(group, tuple) else "i" for group in groups)
         if shape not in self._skeletons:
             self._skeletons[shape] = self._render(shape)
         return self._skeletons[shape]
+=======
+        shape = "".join("t" if isinstance(p, str) else "i" for p in parts)
+        return self._rendered(shape)
+>>>>>>> s6
 
     def _render(self, shape: str) -> list[str]:
         content: list[dict[str, str]] = []

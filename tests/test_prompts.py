@@ -63,6 +63,15 @@ def test_the_rendering_is_what_the_template_gives(prompts: PromptEncoder) -> Non
     assert got == expected
 
 
+def test_only_short_texts_are_kept_and_both_encode_alike(prompts: PromptEncoder) -> None:
+    long = "a red circle " * 200
+    before = prompts._encode_short.cache_info().currsize
+    assert prompts._encode_text(long) == prompts._encode_uncached(long)
+    assert prompts._encode_short.cache_info().currsize == before
+    assert prompts._encode_text("kept once") == prompts._encode_uncached("kept once")
+    assert prompts._encode_short.cache_info().currsize == before + 1
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.text(max_size=40), st.lists(st.text(max_size=30), min_size=1, max_size=4))
 def test_leaves_equal_whole_conversations(caption: str, leaves: list[str]) -> None:

@@ -126,10 +126,10 @@ def takes_judge(command: Callable[..., None]) -> Callable[..., None]:
     return with_judge
 
 
-def load_judge(choice: JudgeChoice) -> Judge:
-    """Loads the judge that a command's options name."""
+def load_judge(choice: JudgeChoice, **engine: Any) -> Judge:
+    """Loads the judge that a command's options name; `engine` are fields of `EngineConfig`."""
     with err_console.status(f"loading {choice.model}"):
         quiet_libraries()
         from arr_fast.judge import Judge
 
-        return Judge.from_pretrained(**choice.arguments())
+        return Judge.from_pretrained(**choice.arguments(), **engine)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from arr_fast.integrations.distributed import GroupGather
-from arr_fast.integrations.groups import fill_abstentions, group_keys
+from arr_fast.integrations.groups import fill_abstentions, group_keys, point_rewards
 from arr_fast.integrations.loading import judge_from, load_rubric
 
 Scores = tuple[list[float], dict[str, Any]]
@@ -59,11 +59,7 @@ def arr_fast_score(device: Any, **options: Any) -> Callable[..., Scores]:
         if gather is not None:
             options = {"sources": ref_images, "rubric": rubric, "reward": reward}
             return gather.filled_rewards(judge, prompts, images, **options), {}
-        verdicts = judge.score(prompts, images, rubric, sources=ref_images)
-        scores = [
-            float(s) if status == "ok" else None
-            for s, status in zip(verdicts.score, verdicts.status, strict=True)
-        ]
+        scores = point_rewards(judge, prompts, images, sources=ref_images, rubric=rubric)
         return fill_abstentions(scores, group_keys(prompts, ref_images), neutral=0.0), {}
 
     return fn

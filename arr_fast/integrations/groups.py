@@ -31,6 +31,27 @@ def places_by_key(keys: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     return places
 
 
+def point_rewards(
+    judge: Judge,
+    prompts: Sequence[str],
+    images: Sequence[Any],
+    *,
+    sources: Sequence[Any] | None = None,
+    rubric: Any = None,
+) -> list[float | None]:
+    """P(yes) of each image alone, averaged over criteria; None for an abstention.
+
+    Args:
+        judge: The judge, or anything with its `score`.
+        prompts, images, sources, rubric: See `Judge.score`.
+    """
+    verdicts = judge.score(prompts, images, rubric, sources=sources)
+    return [
+        float(score) if status == "ok" else None
+        for score, status in zip(verdicts.score, verdicts.status, strict=True)
+    ]
+
+
 def group_rewards(
     judge: Judge,
     prompts: Sequence[str],

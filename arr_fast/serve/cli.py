@@ -38,6 +38,12 @@ def serve(
     max_queue: Annotated[
         int | None, typer.Option(min=1, help="Requests that may wait; others get 429.")
     ] = None,
+    image_cache_mb: Annotated[
+        int | None, typer.Option(min=0, help="Budget of cached image features, in MiB.")
+    ] = None,
+    prefix_cache_mb: Annotated[
+        int | None, typer.Option(min=0, help="Budget of cached text prefixes, in MiB.")
+    ] = None,
     max_body_mb: Annotated[int | None, typer.Option(min=1, help="Longest body, in MiB.")] = None,
     allow_url: Annotated[
         list[str] | None,
@@ -93,7 +99,13 @@ def serve(
             reward_mode=reward_mode,
             pickle=pickle,
             drain_timeout_s=drain_timeout,
-            **{name: value for name, value in given.items() if value is not None},
+            **_given(given),
+        )
+        caches = _given(
+            {
+                "feature_cache_bytes": None if image_cache_mb is None else image_cache_mb << 20,
+                "prefix_cache_bytes": None if prefix_cache_mb is None else prefix_cache_mb << 20,
+            }
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
@@ -111,11 +123,15 @@ def serve(
                 cpus=cpus_per_replica,
                 address=ray_address,
             )
-            ray_serve.run(choice.arguments(), settings, scale, announce)
+            ray_serve.run({**choice.arguments(), **caches}, settings, scale, announce)
             return
-        judge = opt.load_judge(choice)
+        judge = opt.load_judge(choice, **caches)
         announce()
         make_server(judge, settings).run()
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _rubric(name: str | None) -> Any:

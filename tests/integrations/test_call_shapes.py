@@ -13,10 +13,11 @@ import torch
 from arr_fast.errors import ArrFastError, VerdictError
 from arr_fast.integrations import verl_omni
 from arr_fast.integrations.arr_reference import Judger
+from arr_fast.integrations.dancegrpo import RewardInferencer
 from arr_fast.integrations.flow_factory import ArrFastReward
 from arr_fast.integrations.flow_grpo import arr_fast_score, edit_r1_score, multi_score_with
 from arr_fast.integrations.groups import fill_abstentions, group_rewards
-from arr_fast.integrations.mixgrpo import ArrFastRewardModel
+from arr_fast.integrations.mixgrpo import UnifiedRewardModel
 from arr_fast.integrations.openjudge import ArrFastPairwiseJudge
 from arr_fast.integrations.trl import async_reward, sync_reward
 from arr_fast.judge import Judge
@@ -164,11 +165,28 @@ def test_groups_never_cross_prompts(judge):
         group_rewards(judge, ["a", "b"], pil(2), keys=["same", "same"], rubric=RUBRIC)
 
 
-def test_mixgrpo_and_dancegrpo(judge, expected):
-    model = ArrFastRewardModel(judge, RUBRIC)
-    assert model(pil(), PROMPTS) == (expected, [1] * 4)
-    score = judge.score(["a"], pil(1), RUBRIC).score[0]
-    assert model.score_one(pil(1)[0], "a") == pytest.approx(score, abs=1e-4)
+def test_mixgrpo(judge, expected):
+    model = UnifiedRewardModel(judge, RUBRIC)
+    # Its compute_reward raises on class names that it does not know.
+    assert type(model).__name__ == "UnifiedRewardModel"
+    scores = judge.score(PROMPTS, pil(), RUBRIC).score
+    for image, prompt, score in zip(pil(), PROMPTS, scores, strict=True):
+        rewards, successes = model([image], [prompt])
+        assert rewards == [pytest.approx(score, abs=1e-4)] and successes == [1]
+    assert model([b"not an image"], ["a"]) == ([0.0], [0])
+    assert UnifiedRewardModel(judge, RUBRIC, "win_rate")(pil(), PROMPTS) == (expected, [1] * 4)
+
+
+def test_dancegrpo(judge, tmp_path):
+    (image,) = pil(1)
+    image.save(tmp_path / "qwenimage_0_0.png")
+    model = RewardInferencer(judge, RUBRIC, device=torch.device("cpu"), neutral=0.25)
+    rewards = [
+        model.reward([str(tmp_path / name)], ["a"]) for name in ("qwenimage_0_0.png", "lost.png")
+    ]
+    joined = torch.cat(rewards)
+    score = judge.score(["a"], [image], RUBRIC).score[0]
+    torch.testing.assert_close(joined, torch.tensor([score, 0.25]).float(), atol=1e-4, rtol=0.0)
 
 
 def test_openjudge(judge):
