@@ -306,15 +306,8 @@ class PromptEncoder:
 
     def _skeleton(self, groups: Sequence[Group]) -> list[str]:
         """The rendered template as control tokens and text pieces that still hold sentinels."""
-<<<<<<< HEAD
         shape = "".join("t" if isinstance(group, tuple) else "i" for group in groups)
-        if shape not in self._skeletons:
-            self._skeletons[shape] = self._render(shape)
-        return self._skeletons[shape]
-=======
-        shape = "".join("t" if isinstance(p, str) else "i" for p in parts)
         return self._rendered(shape)
->>>>>>> s6
 
     def _render(self, shape: str) -> list[str]:
         content: list[dict[str, str]] = []

@@ -25,16 +25,13 @@ from transformers.activations import SiLUActivation
 # Largest decoder, in bytes of linear weights, that "auto" packs: the copy doubles them.
 AUTO_LIMIT = 2 << 30
 _TYPICAL_ROWS = 1024
-<<<<<<< HEAD
 # Rows of one piece of an MLP: as many as fill the cache, but enough that reading the weights again
 # for each piece costs nothing.
 _CACHE_BYTES = 3 << 20
 _LEAST_ROWS = 384
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
-=======
 # A forward uses ten or so GEMM shapes, again in every layer; compiling one takes about 0.3 ms.
 _KEPT_PRIMITIVES = "64"
->>>>>>> s6
 _BY_ADDRESS: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
 
 
@@ -138,12 +135,8 @@ def bound_primitive_caches() -> None:
 
 
 def pack_linears(layers: nn.ModuleList) -> None:
-<<<<<<< HEAD
     """Replaces every `nn.Linear` inside decoder layers, and SwiGLU MLPs, by packed stand-ins."""
-=======
-    """Replaces every `nn.Linear` inside decoder layers by its packed stand-in."""
     bound_primitive_caches()
->>>>>>> s6
     for parent in list(layers.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

@@ -1,7 +1,10 @@
-<<<<<<< HEAD
-"""Packed linears and MLPs compute what the modules they stand in for compute."""
+"""Packed linears and MLPs compute what they stand in for; memory does not grow with row counts."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +23,25 @@ from arr_fast.engine.packed_linear import (
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="needs oneDNN"
 )
+
+# A process of its own: oneDNN reads its settings once, and pytest's process has long used it.
+GROWTH = """
+import psutil, torch
+from torch import nn
+from arr_fast.engine.packed_linear import pack_linears
+
+torch.set_num_threads(1)
+layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 96), nn.Linear(96, 64))])
+pack_linears(layers)
+x = torch.randn(800, 64)
+rss = []
+with torch.inference_mode():
+    for begin in (100, 300, 500):
+        for rows in range(begin, begin + 200):
+            layers[0](x[:rows])
+        rss.append(psutil.Process().memory_info().rss >> 20)
+print(rss[-1] - rss[0])
+"""
 
 
 class Clipped(Qwen3VLTextMLP):
@@ -81,43 +103,6 @@ def test_packing_keeps_state_dict_and_follows_new_weights() -> None:
         layers[0]["mlp"].down_proj.weight.mul_(2)
         repack_linears(layers)
         assert (layers[0]["mlp"](x) - 2 * before).abs().max() < 1e-6
-=======
-"""Packed linear layers: the same products, and memory that does not grow with row counts."""
-
-from __future__ import annotations
-
-import os
-import subprocess
-import sys
-
-import pytest
-import torch
-from torch import nn
-
-from arr_fast.engine.packed_linear import PackedLinear, can_pack, pack_linears
-
-pytestmark = pytest.mark.skipif(
-    not can_pack(torch.device("cpu"), torch.float32), reason="this PyTorch has no oneDNN"
-)
-
-# A process of its own: oneDNN reads its settings once, and pytest's process has long used it.
-GROWTH = """
-import psutil, torch
-from torch import nn
-from arr_fast.engine.packed_linear import pack_linears
-
-torch.set_num_threads(1)
-layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 96), nn.Linear(96, 64))])
-pack_linears(layers)
-x = torch.randn(800, 64)
-rss = []
-with torch.inference_mode():
-    for begin in (100, 300, 500):
-        for rows in range(begin, begin + 200):
-            layers[0](x[:rows])
-        rss.append(psutil.Process().memory_info().rss >> 20)
-print(rss[-1] - rss[0])
-"""
 
 
 @pytest.mark.parametrize("rows", [1, 63, 127])
@@ -152,4 +137,3 @@ def test_ever_new_row_counts_do_not_fill_memory() -> None:
     assert run.returncode == 0, run.stderr
     # Each of the 1200 products of the last two thirds would keep half a MiB.
     assert int(run.stdout) < 40, f"{run.stdout.strip()} MiB"
->>>>>>> s6
