@@ -105,7 +105,8 @@ class PackedMLP(nn.Module):
 
     def _multiply(self, x: Tensor) -> Tensor:
         gate = self.gate_proj.multiply(x, then="swish")
-        return self.down_proj.multiply(self.up_proj.multiply_onto(x, gate))
+        out: Tensor = self.down_proj.multiply(self.up_proj.multiply_onto(x, gate))
+        return out
 
 
 @torch.library.custom_op("arr_fast::packed_linear", mutates_args=())

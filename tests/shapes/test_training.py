@@ -21,7 +21,8 @@ TINY = Plan(
     vision_batch=3,
     reading_steps=1,
     reading_rows=1,
-    judge_steps=4,
+    judge_steps=3,
+    whole_steps=3,
     judge_rows=1,
     workers=1,
     every=1,
@@ -40,7 +41,7 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, monkeypatch):
 
     def stopping(parameters, flags):
         calls.append(1)
-        flags = [*flags[:-1], 1.0] if len(calls) in (1, 5) else flags
+        flags = [*flags[:-1], 1.0] if len(calls) in (1, 5, 7) else flags
         return original(parameters, flags)
 
     monkeypatch.setattr(train_judge, "average_gradients", stopping)
@@ -48,9 +49,11 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(tmp_path, monkeypatch):
         train(tmp_path / "broken", TINY, False)
     with pytest.raises(Interrupted, match="step 2 of judge"):
         train(tmp_path / "broken", TINY, True)
+    with pytest.raises(Interrupted, match="step 1 of whole"):
+        train(tmp_path / "broken", TINY, True)
     train(tmp_path / "broken", TINY, True)
     one, two = (load_state(tmp_path / n / "state.pt") for n in ("straight", "broken"))
-    assert (one["stage"], one["step"]) == (two["stage"], two["step"]) == ("judge", 4)
+    assert (one["stage"], one["step"]) == (two["stage"], two["step"]) == ("whole", 3)
     for name, weight in one["model"].items():
         assert torch.equal(weight, two["model"][name]), name
     assert_same(one["optimiser"], two["optimiser"])
@@ -78,7 +81,7 @@ def assert_same(one, two) -> None:
 
 
 def test_another_seed_gives_another_model(tmp_path):
-    short = replace(TINY, vision_steps=1, judge_steps=1)
+    short = replace(TINY, vision_steps=1, judge_steps=1, whole_steps=1)
     train(tmp_path / "a", short, False)
     train(tmp_path / "b", replace(short, seed=4), False)
     one, two = (load_state(tmp_path / n / "state.pt")["model"] for n in ("a", "b"))
