@@ -125,8 +125,8 @@ def general_writer(world: World, seed: int = 0) -> Callable[[TextRequest], str]:
     def answer(request: TextRequest) -> str:
         text = "".join(part for part in request.parts if isinstance(part, str))
         is_edit = len(request.images) == 3
-        head, tail = ("Instruction: ", "\nSource") if is_edit else ("Caption: ", "\nImage 1")
-        caption = text.split(head)[1].split(tail)[0]
+        head = "Instruction: " if is_edit else "Caption: "
+        caption = text.split(head)[1].split("\nPreferred: ")[0]
         winner = int(text.split("Preferred: Image ")[1][0]) - 1
         shown = request.images[-2:]
         a, b = shown[winner], shown[1 - winner]

@@ -181,7 +181,8 @@ def test_the_oracle_catches(
                 salt + bytes([n]) for n in range(len(ids) // planner.BLOCK)
             ],
         )
-        judge.trace(["something else entirely, at some length"], *args[1:], scenes.rubric(2))
+        # A single image is asked about in other words, before the image as after it.
+        judge.trace(["a caption"], args[1], rubric=scenes.rubric(2))
     traces = judge.trace(*args, scenes.rubric(6))
     judge.engine.clear_caches()
     with pytest.raises(AssertionError):

@@ -59,10 +59,10 @@ def test_a_picture_of_nothing_loses_to_a_faithful_one(judge: Judge, what: str):
 
 def test_held_out_scenes_are_judged_well_above_chance(judge: Judge):
     """A floor under a sample of what `python -m arr_fast.shapes.evaluate` measures in full."""
-    examples = evaluate.make_examples(seed=7, count=40)
+    examples = evaluate.make_examples(seed=7, count=100)
     pairs = evaluate.pair_records(judge, examples)
     points = evaluate.point_records(judge, examples)
     figures = evaluate.summarise(pairs, points, [])
-    assert figures["pairwise"]["criteria"] > 150
+    assert figures["pairwise"]["criteria"] > 400
     assert figures["pairwise"]["accuracy_both"] > 0.9
     assert figures["pointwise"]["accuracy"] > 0.9
