@@ -27,8 +27,8 @@ AUTO_LIMIT = 2 << 30
 _TYPICAL_ROWS = 1024
 # Rows of one piece of an MLP: as many as fill the cache, but enough that reading the weights again
 # for each piece costs nothing.
-_CACHE_BYTES = 3 << 20
-_LEAST_ROWS = 384
+_CACHE_BYTES = 1792 << 10
+_LEAST_ROWS = 256
 _SWIGLU = ("gate_proj", "up_proj", "down_proj")
 # A forward uses ten or so GEMM shapes, again in every layer; compiling one takes about 0.3 ms.
 _KEPT_PRIMITIVES = "64"

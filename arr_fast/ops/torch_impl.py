@@ -22,9 +22,10 @@ from torch import Tensor
 _VOCAB_CHUNK = 8192
 # Segments are padded to a common length only while padding adds at most this share of rows.
 _MAX_PADDING = 0.35
-# Rows of a causal block. PyTorch's CPU flash kernel computes a causal product in key blocks of 512,
-# hidden or not; cutting the rows leaves out most of what is hidden.
-_CAUSAL_ROWS = 96
+# PyTorch's CPU flash kernel computes a causal product in key blocks of 512, hidden or not. Cutting
+# the rows into blocks leaves out most of what is hidden; beyond some length there is little of it.
+_CAUSAL_ROWS = 192
+_CAUSAL_LIMIT = 1024
 
 
 def prefix_attention_torch(
@@ -181,7 +182,7 @@ def _own_part(
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`_flash` with a causal mask over equally many rows and keys; long ones in blocks of rows."""
     rows = q.shape[2]
-    if q.device.type != "cpu" or rows < 2 * _CAUSAL_ROWS:
+    if q.device.type != "cpu" or not 2 * _CAUSAL_ROWS <= rows <= _CAUSAL_LIMIT:
         return _flash(q, k, v, scale, is_causal=True)
     parts = []
     for first in range(0, rows, _CAUSAL_ROWS):

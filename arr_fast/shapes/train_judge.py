@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from arr_fast.shapes import judge_training, vision_pretraining
 from arr_fast.shapes.forward import VisionForward
@@ -102,6 +103,19 @@ class Run:
             if rank == 0:
                 self.curve.truncate(self.saved["stage"], self.saved["step"])
         self._stop = False
+
+    def load(self, checkpoint: Path) -> None:
+        """Takes the weights of a trained judge.
+
+        Raises:
+            FileNotFoundError: The directory has no model.safetensors.
+        """
+        weights = load_file(checkpoint / "model.safetensors")
+        missing, unknown = self.model.load_state_dict(
+            {name: value.float() for name, value in weights.items()}, strict=False
+        )
+        if unknown or set(missing) - {"lm_head.weight"}:
+            raise ValueError(f"{checkpoint} is not a judge of this shape: {missing} {unknown}")
 
     def word_ids(self) -> dict[str, int]:
         """The token of every domain word, with a space before it."""
@@ -244,12 +258,24 @@ def train_decoder(run: Run, stage: str) -> None:
     run.saved = {"stage": stage, "step": steps, **extra()}
 
 
-def work(rank: int, out: Path, plan: Plan, resume: bool) -> None:
-    """What every worker does."""
+def work(rank: int, out: Path, plan: Plan, resume: bool, init_from: Path | None = None) -> None:
+    """What every worker does.
+
+    Args:
+        rank: Number of the worker.
+        out: The run's directory.
+        plan: What to do.
+        resume: Go on from the state in `out`, if there is one.
+        init_from: A trained judge's checkpoint, of which only the last stage is run.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     run = Run(out, plan, resume, rank)
     signal.signal(signal.SIGTERM, run.request_stop)
     signal.signal(signal.SIGINT, run.request_stop)
+    if init_from is not None and run.saved is None:
+        run.load(init_from)
+        train_decoder(run, "whole")
+        return
     if run.saved is None or run.saved["stage"] == "vision":
         train_vision(run)
         turn_pictures(run.model, plan.seed)
@@ -269,6 +295,7 @@ def main() -> None:
     parser.add_argument("--judge-steps", type=int, default=Plan().judge_steps)
     parser.add_argument("--whole-steps", type=int, default=Plan().whole_steps)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--init-from", type=Path, help="checkpoint; only the last stage is run")
     args = parser.parse_args()
     plan = Plan(
         seed=args.seed,
@@ -277,7 +304,7 @@ def main() -> None:
         judge_steps=args.judge_steps,
         whole_steps=args.whole_steps,
     )
-    start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume)
+    start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from arr_fast import shapes
 from arr_fast.shapes import train_judge
 from arr_fast.shapes.optimise import orthogonalise
 from arr_fast.shapes.run_state import Curve, load_state, save_state
@@ -78,6 +80,18 @@ def assert_same(one, two) -> None:
             assert_same(a, b)
     else:
         assert one == two
+
+
+def test_the_last_stage_goes_on_from_a_checkpoint(tmp_path):
+    judge = shapes.judge_directory()
+    start(work, 1, tmp_path / "meeting", tmp_path, TINY, False, judge)
+    state = load_state(tmp_path / "state.pt")
+    assert (state["stage"], state["step"]) == ("whole", 3)
+    before, name = load_file(judge / "model.safetensors"), "model.visual.merger.linear_fc2.weight"
+    moved = (state["model"][name] - before[name].float()).abs().max()
+    assert 0 < moved < 0.05
+    with pytest.raises(FileNotFoundError):
+        start(work, 1, tmp_path / "meeting", tmp_path / "other", TINY, False, tmp_path / "none")
 
 
 def test_another_seed_gives_another_model(tmp_path):
