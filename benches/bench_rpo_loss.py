@@ -23,7 +23,11 @@ from benches.measure import report
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ETA = 0.3
 # Samples and latents: FLUX at 512 and 1024 px.
-SHAPES = {"16x1024x64": (16, 1024, 64), "4x4096x64": (4, 4096, 64)}
+SHAPES = {
+    "16x1024x64": (16, 1024, 64),
+    "4x4096x64": (4, 4096, 64),
+    "16x4096x64": (16, 4096, 64),
+}
 
 
 @pytest.mark.parametrize("kl", ["none", "latent_mean"])
