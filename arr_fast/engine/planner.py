@@ -107,25 +107,18 @@ class RowCounter:
         self.rows = 0
         self._seen: dict[tuple[str, ...], int] = {}
 
-    def added_by(self, path: Path) -> int:
-        """Rows that a path would add."""
-        return sum(rows for _, rows in self._parts(path)) + len(path.sequence) - path.shared
-
     def add(self, path: Path) -> None:
         """Counts a path."""
-        self.rows += self.added_by(path)
-        self._seen |= {key: self._seen.get(key, 0) + rows for key, rows in self._parts(path)}
-
-    def _parts(self, path: Path) -> list[tuple[tuple[str, ...], int]]:
-        ends = [0, *(row + count for row, count in path.spans), path.shared]
         hashes = tuple(image.content_hash for image in path.images)
         # The text after the last image has a key of its own.
-        keys = [hashes[: number + 1] for number in range(len(hashes))] + [(*hashes, "")]
-        lengths = [end - begin for begin, end in pairwise(ends)]
-        return [
-            (key, max(0, length - self._seen.get(key, 0)))
-            for key, length in zip(keys, lengths, strict=True)
-        ]
+        keys = [*(hashes[: number + 1] for number in range(len(hashes))), (*hashes, "")]
+        ends = [0, *(row + count for row, count in path.spans), path.shared]
+        for key, (begin, end) in zip(keys, pairwise(ends), strict=True):
+            known = self._seen.get(key, 0)
+            if end - begin > known:
+                self._seen[key] = end - begin
+                self.rows += end - begin - known
+        self.rows += len(path.sequence) - path.shared
 
 
 def estimate_rows(paths: Sequence[Path]) -> int:
@@ -173,13 +166,15 @@ def cut_item(item: int, paths: Sequence[Path], budget: int, piece: int) -> list[
     units: list[WorkUnit] = []
     begin, counter = 0, RowCounter()
     for number, path in enumerate(paths):
-        rows = counter.rows + counter.added_by(path)
-        if number > begin and (
-            rows > budget or (rows > piece and _is_cheap(paths[number - 1], path, counter.rows))
-        ):
-            units.append(WorkUnit(item, range(begin, number), counter.rows, False))
-            begin, counter = number, RowCounter()
+        before = counter.rows
         counter.add(path)
+        is_over = counter.rows > budget or (
+            counter.rows > piece and _is_cheap(paths[number - 1], path, before)
+        )
+        if number > begin and is_over:
+            units.append(WorkUnit(item, range(begin, number), before, False))
+            begin, counter = number, RowCounter()
+            counter.add(path)
     if paths:
         units.append(WorkUnit(item, range(begin, len(paths)), counter.rows, True))
     return units

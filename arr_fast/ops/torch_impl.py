@@ -63,8 +63,7 @@ def prefix_attention_torch(
         if isinstance(index, slice) and not path_rows[index.start]:
             out[index] = part
             continue
-        weight = torch.sigmoid(part_lse - lse[index]).unsqueeze(-1)
-        out[index] = torch.lerp(out[index].float(), part.float(), weight).to(out.dtype)
+        out[index] = _merged(out[index], lse[index], part, part_lse)
     return out
 
 
@@ -191,11 +190,16 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
         if first:
             before = slice(first)
             past, past_lse = _flash(q[:, :, block], k[:, :, before], v[:, :, before], scale)
-            weight = torch.sigmoid(past_lse - lse).unsqueeze(-1)
-            out = torch.lerp(out.float(), past.float(), weight).to(out.dtype)
+            out = _merged(out, lse, past, past_lse)
             lse = torch.logaddexp(lse, past_lse)
         parts.append((out, lse))
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _merged(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> Tensor:
+    """Attention over two sets of keys from the results [..., D] and log-sum-exps [...] of each."""
+    weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
+    return torch.lerp(out.float(), part.float(), weight).to(out.dtype)
 
 
 def _flash(

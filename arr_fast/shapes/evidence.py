@@ -156,12 +156,16 @@ def _asked(source: Scene, edit: Edit) -> str:
     return edit.value
 
 
+def cell_coverage(scene: Scene) -> np.ndarray:
+    """`coverage` by cells: int8 [16, 256]."""
+    blocks = coverage(scene).reshape(GRID, 16, GRID, 16).transpose(0, 2, 1, 3)
+    return blocks.reshape(GRID * GRID, -1)
+
+
 def _cell_contents(scene: Scene) -> list[tuple[str, ...]]:
     """For every cell its main object's (colour, shape, size), (background,), or () if hidden."""
-    blocks = coverage(scene).reshape(GRID, 16, GRID, 16).transpose(0, 2, 1, 3)
-    shown = blocks.reshape(GRID * GRID, -1)
     contents: list[tuple[str, ...]] = []
-    for cell in shown:
+    for cell in cell_coverage(scene):
         areas = np.bincount(cell[cell >= 0], minlength=1)
         if areas.max() >= LEAST_COVER:
             obj = scene.objects[int(areas.argmax())]

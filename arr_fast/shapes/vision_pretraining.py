@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arr_fast.shapes import easy_vqa
+from arr_fast.shapes.evidence import GRID, LEAST_COVER, cell_coverage
 from arr_fast.shapes.forward import VisionForward, patchify
 from arr_fast.shapes.model import IMAGE_TOKENS
 from arr_fast.shapes.pairs import sample_picture
-from arr_fast.shapes.render import coverage, render
+from arr_fast.shapes.render import render
 from arr_fast.shapes.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -36,7 +37,6 @@ LOGIT_SCALE = 12.0
 # A smaller scale makes for a larger share of the image token, so that the decoder can find it.
 WORD_SCALE = 4.0
 OBJECT_WEIGHT = 4.0
-GRID = 4
 IGNORED = -100
 
 ROWS = ("top", "middle", "bottom")
@@ -100,8 +100,7 @@ def third(value: float) -> int:
 
 def scene_cells(scene: Scene, index: dict[tuple[str, ...], int], count: int) -> dict[str, Any]:
     """The targets of one rendered scene as numpy arrays; see CellTargets."""
-    blocks = coverage(scene).reshape(GRID, 16, GRID, 16).transpose(0, 2, 1, 3)
-    shown = blocks.reshape(IMAGE_TOKENS, -1)
+    shown = cell_coverage(scene)
     classes = np.zeros((IMAGE_TOKENS, count), np.float32)
     areas = np.stack([(shown == i).sum(1) for i in range(len(scene.objects))] or [np.zeros(16)], 1)
     for number, obj in enumerate(scene.objects):
@@ -109,7 +108,7 @@ def scene_cells(scene: Scene, index: dict[tuple[str, ...], int], count: int) -> 
         classes[:, key] += OBJECT_WEIGHT * areas[:, number]
     classes[:, index[(scene.background, "background")]] += (shown == -1).sum(1)
     classes[:, index[("covered", "bar")]] += OBJECT_WEIGHT * (shown == -2).sum(1)
-    main = np.where(areas.max(1) >= 24, areas.argmax(1), IGNORED)
+    main = np.where(areas.max(1) >= LEAST_COVER, areas.argmax(1), IGNORED)
     out: dict[str, Any] = {"main": np.full(IMAGE_TOKENS, IGNORED), "place": np.zeros((16, 3))}
     out["anchors"] = np.zeros(IMAGE_TOKENS)
     words = {h: np.full(IMAGE_TOKENS, IGNORED) for h in WORD_HEADS}
@@ -146,9 +145,9 @@ def easy_vqa_cells(
     centre = (float(xs.mean()) / 64, float(ys.mean()) / 64, float(np.sqrt(mask.sum())) / 32)
     anchors = np.zeros(IMAGE_TOKENS)
     anchors[int(centre[1] * GRID) * GRID + int(centre[0] * GRID)] = 1
-    main = np.where(area >= 24, key, IGNORED)
-    words["row"][area >= 24] = third(centre[1])
-    words["column"][area >= 24] = third(centre[0])
+    main = np.where(area >= LEAST_COVER, key, IGNORED)
+    words["row"][area >= LEAST_COVER] = third(centre[1])
+    words["column"][area >= LEAST_COVER] = third(centre[0])
     return {
         "main": main,
         "place": np.tile(centre, (IMAGE_TOKENS, 1)),

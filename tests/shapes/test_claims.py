@@ -7,21 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from arr_fast.shapes.captions import Caption, Edit
+from arr_fast.shapes.captions import Edit
 from arr_fast.shapes.claims import EDIT_KINDS, T2I_KINDS, Claim, Context
 from arr_fast.shapes.grammar import PHRASINGS
 from arr_fast.shapes.pairs import sample_edit_pair, sample_pair
-from arr_fast.shapes.scene import Scene, SceneObject, with_object
+from arr_fast.shapes.scene import Scene, with_object
+from tests.shapes.by_hand import BLUE, CAPTION, RED, SCENE
 
-RED = SceneObject("circle", "red", "large", 0.25, 0.3, 0.19)
-BLUE = SceneObject("star", "blue", "small", 0.75, 0.35, 0.105)
-SCENE = Scene((RED, BLUE), "white")
-CAPTION = Caption(
-    (("red", "circle"), ("blue", "star")),
-    sizes=("large", "small"),
-    relation=(0, "left", 1),
-    background="white",
-)
 T2I = Context(caption=CAPTION)
 
 

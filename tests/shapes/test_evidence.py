@@ -6,23 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from arr_fast.shapes.captions import NUMBERS, Caption, Edit
+from arr_fast.shapes.captions import NUMBERS, Edit
 from arr_fast.shapes.claims import EDIT_KINDS, T2I_KINDS, Claim, Context
 from arr_fast.shapes.evidence import CELL_WORDS, UNKNOWN, cell_words, evidence, wanted
 from arr_fast.shapes.pairs import sample_edit_pair, sample_pair
 from arr_fast.shapes.render import coverage, render
-from arr_fast.shapes.scene import COLOURS, Scene, SceneObject, with_object
+from arr_fast.shapes.scene import COLOURS, Scene, with_object
 from arr_fast.shapes.tokenizer import domain_words
+from tests.shapes.by_hand import CAPTION, SCENE
 
-RED = SceneObject("circle", "red", "large", 0.25, 0.3, 0.19)
-BLUE = SceneObject("star", "blue", "small", 0.75, 0.35, 0.105)
-SCENE = Scene((RED, BLUE), "white")
-CAPTION = Caption(
-    (("red", "circle"), ("blue", "star")),
-    sizes=("large", "small"),
-    relation=(0, "left", 1),
-    background="white",
-)
 STATES = {"sharpness": "sharp", "noise": "clean", "occlusion": "free", "cut_off": "whole"}
 
 
