@@ -1,9 +1,9 @@
 """rpo_loss forward and backward against the eager formula of the published trainers.
 
 `pytest benches/bench_rpo_loss.py`. The gate: loss and dv agree with eager in the same run. With
-fused loops on a CPU ours must hold a third of what eager holds above the inputs and dv, and be 5
-times faster where eager's intermediates leave the last cache; where they fit, both read their
-inputs from it and ours must be ahead, as it must without a C++ compiler, where blocks run.
+fused loops on a CPU ours must be 5 times faster, and hold a third of what eager holds above the
+inputs and dv; without a C++ compiler, where blocks run, it must be ahead at all. The 5 is missed
+where all of eager's intermediates fit the last cache (the two smaller shapes on a 32 MB cache).
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from benches.measure import report
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ETA = 0.3
-# Bytes of one latent from which on eager's dozen intermediates exceed the caches of common CPUs.
-LARGE = 16 << 20
 # Samples and latents: FLUX at 512 and 1024 px.
 SHAPES = {
     "16x1024x64": (16, 1024, 64),
@@ -80,9 +78,7 @@ def test_rpo_loss(shape: str, kl: str, benchmark: Any) -> None:
         runs["compiled eager"] = torch.compile(eager)
     rows = report(benchmark, "rpo_loss", f"{shape} {kl}", torch.float32, runs)
     is_fused = DEVICE == "cpu" and why_not_fused() is None
-    leaves_cache = x.numel() * x.element_size() >= LARGE
-    least_time = 5 if is_fused and leaves_cache else 1
-    least_memory = 3 if is_fused else 1
+    least_time, least_memory = (5, 3) if is_fused else (1, 1)
     assert rows["eager"].ratio >= least_time
     peak_ratio = rows["eager"].peak_ratio
     assert peak_ratio is not None and peak_ratio >= least_memory
