@@ -1,7 +1,7 @@
 """Stage 2: the decoder learns captions and verdicts together, on packed branches.
 
 Verdicts alone stay at chance for long: one bit each, behind a search, a comparison and a second
-search. Five helpers make them learnable, and none is kept in the checkpoint:
+search. Six helpers make them learnable, and none is kept in the checkpoint:
 
 - caption branches: what is in Image 1, what is in Image 2;
 - evidence: the tokens that end the user's turn hold, two layers before the end, one word for what
@@ -9,6 +9,8 @@ search. Five helpers make them learnable, and none is kept in the checkpoint:
   it what is wanted there;
 - cells: at half depth an image token of an edited picture says whether its place is as in the
   source;
+- twins: the layer before that, one head lets an image token of an edited picture attend to the same
+  place of the source;
 - linear probes that read from the token before the label, at half depth and at the end, whether
   each picture meets the criterion;
 - owners: from the second layer on, image tokens hold the word that their picture goes by, "1", "2"
@@ -25,10 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import rotate_half
 
 from arr_fast.prompts import PAIR_LABELS, POINT_LABELS
 from arr_fast.shapes.evidence import CELL_WORDS
 from arr_fast.shapes.forward import VisionForward, decode
+from arr_fast.shapes.model import IMAGE_TOKENS
 from arr_fast.shapes.packing import PackedBatch
 from arr_fast.shapes.rows import BatchMaker
 
@@ -36,7 +40,8 @@ OWNER_LAYER, PROBE_LAYER, EVIDENCE_LAYER = 2, 3, 4
 IMAGE_SCALE = 12.0
 # A verdict is read this many tokens after the end of the user's turn.
 TURN_END = 4
-WEIGHTS = {"verdict": 1.5, "caption": 0.7, "evidence": 1.0, "probe": 0.5, "owner": 0.3, "cell": 0.5}
+WEIGHTS = {"verdict": 1.5, "caption": 0.7, "evidence": 1.0, "probe": 0.5}
+WEIGHTS |= {"owner": 0.3, "cell": 0.5, "twin": 0.2}
 MIX = {
     "pair": 0.48,
     "edit": 0.2,
@@ -120,6 +125,7 @@ class JudgeLoss:
         }
         if self.whole:
             losses["cell"] = self._image_loss(batch.cell, half, self.cell_ids)
+            losses["twin"] = self._twin_loss(batch, owner)
         total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
         return {"loss": torch.as_tensor(total), **losses}
 
@@ -153,6 +159,45 @@ class JudgeLoss:
         logits = IMAGE_SCALE * states @ F.normalize(table[words], dim=-1).T
         total = F.cross_entropy(logits, wanted_BT[known], reduction="sum")
         return total / known.sum().clamp(min=1)
+
+    def _twin_loss(self, batch: PackedBatch, states_BTD: Tensor) -> Tensor:
+        """How little the best head of the layer before PROBE_LAYER attends to the source's cells.
+
+        Mean negative log of the attention of an edited picture's image token to the source's token
+        of the same cell.
+
+        Args:
+            batch: The rows.
+            states_BTD: What enters that layer.
+        """
+        if not len(batch.edited):
+            return states_BTD.new_zeros(())
+        text = self.model.model.language_model
+        layer: Any = text.layers[PROBE_LAYER - 1]
+        tree, source, own = batch.edited.T
+        reach = torch.arange(int((own - tree).max()) + IMAGE_TOKENS)
+        keys_EK = (tree[:, None] + reach).clamp(max=batch.ids.numel() - 1)
+        cells = torch.arange(IMAGE_TOKENS)
+        queries_EC = own[:, None] + cells
+        attn = layer.self_attn
+        normed = layer.input_layernorm(states_BTD.flatten(0, 1))
+        positions = text.rotary_emb(normed, batch.positions)
+        cos, sin = (wave.flatten(0, 1) for wave in positions)
+
+        def heads(projection: nn.Linear, norm: nn.Module, at: Tensor) -> Tensor:
+            rows = norm(projection(normed[at]).unflatten(-1, (-1, attn.head_dim)))
+            turned = rows * cos[at].unsqueeze(-2) + rotate_half(rows) * sin[at].unsqueeze(-2)
+            return turned.transpose(1, 2)
+
+        q_EHCD = heads(attn.q_proj, attn.q_norm, queries_EC)
+        k_EHKD = heads(attn.k_proj, attn.k_norm, keys_EK)
+        k_EHKD = k_EHKD.repeat_interleave(q_EHCD.shape[1] // k_EHKD.shape[1], 1)
+        scores = q_EHCD @ k_EHKD.transpose(-1, -2) * attn.scaling
+        hidden = keys_EK[:, None] > queries_EC[:, :, None]
+        log_p = scores.masked_fill(hidden[:, None], -torch.inf).log_softmax(-1)
+        twins_EC = source[:, None] - tree[:, None] + cells
+        twins = twins_EC[:, None, :, None].expand(-1, log_p.shape[1], -1, 1)
+        return -log_p.gather(-1, twins)[..., 0].amax(1).mean()
 
     def _labels(self, batch: PackedBatch) -> Tensor:
         return torch.where(batch.pairwise[:, None], self.pair_ids, self.point_ids)

@@ -133,6 +133,8 @@ class PackedBatch:
         owner: int64 [B, T]; 0 on the source picture of a pair, 1 and 2 on Image 1 and Image 2, -1
             elsewhere.
         cell: int64 [B, T]; index into CELL_WORDS on image tokens, UNKNOWN elsewhere.
+        edited: int64 [E, 3]: for every edited picture the flat tokens at which its tree, the image
+            tokens of its source and its own begin.
         verdict_at: int64 [V, 2] (row, token) where a label is read.
         verdicts: The V verdicts.
         pairwise: bool [V].
@@ -146,6 +148,7 @@ class PackedBatch:
     feature: Tensor
     owner: Tensor
     cell: Tensor
+    edited: Tensor
     verdict_at: Tensor
     verdicts: tuple[Verdict, ...]
     pairwise: Tensor
@@ -161,6 +164,7 @@ class RowPacker:
     rows: list[dict[str, np.ndarray]] = field(default_factory=list)
     spans: list[tuple[int, Span | None, Span]] = field(default_factory=list)
     _used: int = 0
+    _edited: list[tuple[int, int, int]] = field(default_factory=list)
     _verdict_at: list[tuple[int, int]] = field(default_factory=list)
     _verdicts: list[Verdict] = field(default_factory=list)
     _pairwise: list[bool] = field(default_factory=list)
@@ -213,6 +217,10 @@ class RowPacker:
         row["ids"][at] = path.ids[begin:end]
         row["positions"][:, at] = path.positions[:, begin:end]
         local = path.picture[begin:end]
+        start = (len(self.rows) - 1) * self.length + at.start
+        if begin == 0 and len(tree.pictures) > len(tree.cells) > 0:
+            starts = [start + int(np.argmax(local == n)) for n in range(len(tree.pictures))]
+            self._edited += [(start, starts[0], own) for own in starts[1:]]
         for place, number in enumerate(tree.pictures):
             here = np.flatnonzero(local == place)
             row["feature"][self._used + here] = number * IMAGE_TOKENS + np.arange(len(here))
@@ -222,7 +230,7 @@ class RowPacker:
             if judged >= 0 and len(here):
                 row["cell"][self._used + here] = tree.cells[judged]
         self._used += end - begin
-        return Span((len(self.rows) - 1) * self.length + at.start, end - begin)
+        return Span(start, end - begin)
 
     def finish(self) -> PackedBatch:
         """The rows as tensors."""
@@ -237,6 +245,7 @@ class RowPacker:
             feature=stack["feature"],
             owner=stack["owner"],
             cell=stack["cell"],
+            edited=torch.tensor(self._edited, dtype=torch.int64).view(-1, 3),
             verdict_at=torch.tensor(self._verdict_at, dtype=torch.int64).view(-1, 2),
             verdicts=tuple(self._verdicts),
             pairwise=torch.tensor(self._pairwise, dtype=torch.bool),

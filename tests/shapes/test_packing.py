@@ -11,6 +11,7 @@ import torch
 from arr_fast.shapes.branch_attention import Group
 from arr_fast.shapes.evidence import UNKNOWN, cell_words
 from arr_fast.shapes.forward import VisionForward, decode, patchify
+from arr_fast.shapes.judge_training import JudgeLoss, TruthProbes
 from arr_fast.shapes.model import (
     IMAGE_TOKENS,
     build_model,
@@ -167,6 +168,58 @@ def test_image_tokens_of_judged_pictures_hold_their_cells(setting):
         for number, expected in zip(tree.pictures[-len(tree.cells) :], tree.cells, strict=True):
             assert words[picture == number].tolist() == expected.tolist()
     assert (words != UNKNOWN).sum() > 20
+
+
+@torch.no_grad()
+def best_attention(model, pictures, path) -> torch.Tensor:
+    """What transformers' eager attention of layer 3 gives from every edited token to its twin: the
+    most of any head, [16 * edited pictures], the pictures in order."""
+    model.config.text_config._attn_implementation = "eager"
+    inputs = image_processor()(images=pictures, return_tensors="pt")
+    ids = torch.from_numpy(path.ids)[None]
+    out = model.model(
+        input_ids=ids,
+        pixel_values=inputs["pixel_values"],
+        image_grid_thw=inputs["image_grid_thw"],
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        output_attentions=True,
+    )
+    attention = out.attentions[2][0]
+    source = np.flatnonzero(path.picture == 0)
+    edited = np.concatenate([np.flatnonzero(path.picture == n) for n in range(1, len(pictures))])
+    twins = np.tile(source, len(pictures) - 1)
+    return attention[:, torch.from_numpy(edited), torch.from_numpy(twins)].amax(0)
+
+
+def test_the_twin_loss_is_the_attention_of_edited_cells_to_their_source(setting):
+    """A pair of edits and a single edit, in one row behind a pair that has no source."""
+    model = setting[0]
+    maker = BatchMaker(build_tokenizer())
+    rng = np.random.default_rng(8)
+    pair, edit = sample_pair(rng, "train", 4), sample_edit_pair(rng, "train", 4)
+    asked = [("edit_done", "Is it done?", True, ("correct",), ())]
+    cells = tuple(cell_words(scene, edit.context) for scene in edit.scenes)
+    trees = [
+        maker.pair_tree(pair, 0),
+        maker.pair_tree(edit, 2),
+        maker.point_tree("edit", edit.caption, asked, 5, cells[:1]),
+    ]
+    images = [render(s) for s in (*pair.scenes, edit.source, *edit.scenes, edit.source)]
+    images.append(render(edit.scenes[0]))
+    packer = RowPacker(900)
+    packer.new_row()
+    for tree in trees:
+        packer.add(tree)
+    packer.new_row()
+    packer.add(trees[1])
+    batch = packer.finish()
+    loss = JudgeLoss(model, VisionForward(model), TruthProbes(192), maker, whole=True)
+    with torch.no_grad():
+        found = loss.losses(batch, patchify(images))["twin"]
+    edits = (trees[1], trees[2], trees[1])
+    shares = [best_attention(model, [images[i] for i in t.pictures], t.paths[0]) for t in edits]
+    assert len(torch.cat(shares)) == 80
+    torch.testing.assert_close(found, -torch.cat(shares).log().mean(), rtol=1e-4, atol=0)
 
 
 def test_pictures_are_turned_into_their_own_space(setting):
