@@ -50,8 +50,17 @@ MIX = {
     "vqa": 0.06,
     "write": 0.08,
 }
-# The last stage: whole captions and instructions, once single objects are read well.
-WHOLE_MIX = {**MIX, "pair": 0.43, "edit": 0.26, "point_edit": 0.06, "vqa": 0.05, "write": 0.07}
+# The last stage: whole captions and instructions, once single objects are read well; and criteria
+# to write, which copy what a caption or a picture says.
+WHOLE_MIX = {
+    "pair": 0.35,
+    "edit": 0.2,
+    "point": 0.2,
+    "point_edit": 0.05,
+    "vqa": 0.03,
+    "write": 0.17,
+    "write_caption": 0.08,
+}
 CONTRASTS = 0.5
 
 

@@ -18,6 +18,7 @@ from arr_fast.shapes.captions import NUMBERS
 from arr_fast.shapes.claims import Context
 from arr_fast.shapes.evidence import cell_words
 from arr_fast.shapes.forward import patchify
+from arr_fast.shapes.model import SIDE
 from arr_fast.shapes.packing import (
     PackedBatch,
     Path,
@@ -220,8 +221,8 @@ class BatchMaker:
             rng: Source of chance.
             rows: How many rows.
             split: Of scenes and phrasings.
-            mix: Relative frequency of "pair", "edit", "point", "point_edit", "vqa" and "write"
-                rows.
+            mix: Relative frequency of "pair", "edit", "point", "point_edit", "vqa", "write" and
+                "write_caption" rows.
         """
         packer = RowPacker(self.length)
         images: list[Image.Image] = []
@@ -230,7 +231,8 @@ class BatchMaker:
             packer.new_row()
             kind = names[int(rng.choice(len(names), p=shares / shares.sum()))]
             self._fill(rng, kind, packer, images, split)
-        return packer.finish(), patchify(images)
+        # A tower needs something to look at, even where every row is text.
+        return packer.finish(), patchify(images or [Image.new("RGB", (SIDE, SIDE))])
 
     def reading_batch(self, rng: np.random.Generator, rows: int) -> tuple[PackedBatch, Tensor]:
         """Rows of single training pictures under a short prompt: a caption and a few criteria.
@@ -290,6 +292,9 @@ class BatchMaker:
         if kind == "write":
             self._fill_writing(rng, packer, images, split)
             return
+        if kind == "write_caption":
+            self._fill_captions(rng, packer, split)
+            return
         while True:
             if kind in ("edit", "point_edit"):
                 example = sample_edit_pair(rng, split, 16, KIND_WEIGHTS)
@@ -331,5 +336,8 @@ class BatchMaker:
         packer.add(tree)
         source = [] if example.source is None else [render(example.source)]
         images += [*source, *(render(s) for s in example.scenes)]
+        self._fill_captions(rng, packer, split)
+
+    def _fill_captions(self, rng: np.random.Generator, packer: RowPacker, split: Split) -> None:
         while packer.free > CAPTION_TOKENS:
             packer.add(self.caption_tree(rng, sample_pair(rng, split, 4), split))

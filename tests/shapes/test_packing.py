@@ -231,3 +231,18 @@ def test_pictures_are_turned_into_their_own_space(setting):
     turned = VisionForward(model)(patches).merged
     assert not torch.allclose(turned, plain, atol=0.01)
     assert torch.allclose(turned @ picture_space(plain.shape[-1], 1), plain, atol=1e-5)
+
+
+def test_a_batch_of_captions_alone_needs_no_picture(setting):
+    """Each row is text: criteria that follow from captions, and nothing to judge."""
+    model = setting[0]
+    maker = BatchMaker(build_tokenizer())
+    batch, patches = maker.batch(np.random.default_rng(3), 2, "train", {"write_caption": 1.0})
+    assert (batch.feature == -1).all() and not batch.verdicts
+    read = maker.tokenizer.decode(batch.ids[0])
+    assert read.count("Write criteria for this caption.") >= 2 and '{"criteria": ["' in read
+    losses = JudgeLoss(model, VisionForward(model), TruthProbes(192), maker).losses(batch, patches)
+    assert losses["caption"] > 1 and losses["verdict"] == 0
+    losses["loss"].backward()
+    assert model.get_input_embeddings().weight.grad.abs().max() > 0
+    model.zero_grad()
