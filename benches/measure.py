@@ -57,6 +57,10 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Times every contender once a round, in turn, after one warm-up call each.
 
+    In a round each runs twice and the second call counts, its result still held. The first one
+    pays for what the rival before it left: handing a rival's heap back to the system took 13 of
+    the 17 ms of one such call, and 0 of the next.
+
     Returns:
         Name -> seconds per round.
     """
@@ -66,10 +70,13 @@ def interleave(
     synchronise()
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
             run()
             synchronise()
+            start = time.perf_counter()
+            result = run()
+            synchronise()
             seconds[name].append(time.perf_counter() - start)
+            del result
     return seconds
 
 

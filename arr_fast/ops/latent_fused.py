@@ -93,9 +93,15 @@ def why_not_fused() -> str | None:
         return "torch.compile is disabled"
     names = {"darwin": "clang++", "win32": "cl"}
     compiler = os.environ.get("CXX") or names.get(sys.platform, "g++")
-    if shutil.which(compiler) is None:
+    if not _is_found(compiler, os.environ.get("PATH")):
         return f"there is no C++ compiler ({compiler})"
     return _failures[0] if _failures else None
+
+
+@cache
+def _is_found(program: str, _path: str | None) -> bool:
+    # Looking through PATH took a sixth of a pass over 4 MB latents.
+    return shutil.which(program) is not None
 
 
 # The first failure of this process: a compiler that failed is not asked again.

@@ -157,8 +157,9 @@ class BatchMaker:
 
     def writing_tree(
         self, rng: np.random.Generator, example: Example, first_picture: int, split: Split
-    ) -> Tree:
-        """A pair under which general and specific criteria are written for either preference."""
+    ) -> Tree | None:
+        """A pair under which general and specific criteria are written for either preference; None
+        where no criterion holds on either picture."""
         task: prompts.Task = "t2i" if example.source is None else "edit"
         count = 2 if task == "t2i" else 3
         paths: list[Path] = []
@@ -175,6 +176,8 @@ class BatchMaker:
                 ids = self._encode(writing.answer(written))
                 paths.append(encode_path(self.encoder, asked, count, ids))
                 answers.append(len(ids))
+        if not paths:
+            return None
         order = rng.permutation(len(paths)).tolist()
         paths, answers = [paths[i] for i in order], [answers[i] for i in order]
         pictures = tuple(range(first_picture, first_picture + count))
@@ -328,11 +331,10 @@ class BatchMaker:
         self, rng: np.random.Generator, packer: RowPacker, images: list[Image.Image], split: Split
     ) -> None:
         sampler = sample_edit_pair if rng.random() < 0.3 else sample_pair
-        while True:
+        tree = None
+        while tree is None:
             example = sampler(rng, split, 4, KIND_WEIGHTS)
-            if example.criteria:
-                break
-        tree = self.writing_tree(rng, example, len(images), split)
+            tree = self.writing_tree(rng, example, len(images), split)
         packer.add(tree)
         source = [] if example.source is None else [render(example.source)]
         images += [*source, *(render(s) for s in example.scenes)]

@@ -58,7 +58,7 @@ class Plan:
     reading_steps: int = 400
     reading_rows: int = 3
     judge_steps: int = 2200
-    whole_steps: int = 3000
+    whole_steps: int = 5000
     judge_rows: int = 5
     workers: int = 2
     every: int = 200

@@ -34,7 +34,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return formula
 
     monkeypatch.setattr(latent_fused, "_compiled", plain)
-    monkeypatch.setattr(latent_fused.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(latent_fused, "_is_found", lambda *_: True)
     return ran
 
 
@@ -69,7 +69,6 @@ def test_only_large_latents_are_fused(uncompiled: list[str]) -> None:
 def test_without_a_compiler_the_blocks_run_and_say_so_once(
     monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(latent_fused.shutil, "which", lambda name: None)
     monkeypatch.setenv("CXX", "no-such-compiler")
     for _ in range(2):
         check_loss("torch", (3, 127), torch.float32, kl="latent_mean")
@@ -100,7 +99,7 @@ def test_a_compiler_that_fails_is_asked_once(
 
     torch.compiler.reset()
     monkeypatch.setattr(latent_fused, "_compiled", compiled)
-    monkeypatch.setattr(latent_fused.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(latent_fused, "_is_found", lambda *_: True)
     for _ in range(2):
         check_loss("torch", (3, 127), torch.float32, kl="latent_mean")
     assert asked == 1
