@@ -195,7 +195,8 @@ class JudgeLoss:
 
         def heads(projection: nn.Linear, norm: nn.Module, at: Tensor) -> Tensor:
             rows = norm(projection(normed[at]).unflatten(-1, (-1, attn.head_dim)))
-            turned = rows * cos[at].unsqueeze(-2) + rotate_half(rows) * sin[at].unsqueeze(-2)
+            cos_at, sin_at = cos[at].unsqueeze(-2), sin[at].unsqueeze(-2)
+            turned: Tensor = rows * cos_at + rotate_half(rows) * sin_at
             return turned.transpose(1, 2)
 
         q_EHCD = heads(attn.q_proj, attn.q_norm, queries_EC)
@@ -206,7 +207,8 @@ class JudgeLoss:
         log_p = scores.masked_fill(hidden[:, None], -torch.inf).log_softmax(-1)
         twins_EC = source[:, None] - tree[:, None] + cells
         twins = twins_EC[:, None, :, None].expand(-1, log_p.shape[1], -1, 1)
-        return -log_p.gather(-1, twins)[..., 0].amax(1).mean()
+        found: Tensor = log_p.gather(-1, twins)[..., 0]
+        return -found.amax(1).mean()
 
     def _labels(self, batch: PackedBatch) -> Tensor:
         return torch.where(batch.pairwise[:, None], self.pair_ids, self.point_ids)

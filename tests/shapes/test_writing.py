@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arr_fast.autorubric.text_backend import TextBackendError, TextReply
+from arr_fast.shapes import writing
 from arr_fast.shapes.claims import EDIT_KINDS, T2I_KINDS, Claim
 from arr_fast.shapes.criterion_parser import parse_criterion
 from arr_fast.shapes.evaluate_writing import ask, score_writing, writing_tasks
@@ -21,6 +22,8 @@ from arr_fast.shapes.hidden_preference import (
     write_pairs,
 )
 from arr_fast.shapes.pairs import candidate_claims, sample_edit_pair, sample_pair
+from arr_fast.shapes.rows import BatchMaker
+from arr_fast.shapes.tokenizer import build_tokenizer
 from arr_fast.shapes.writing import GENERAL_KINDS
 
 
@@ -115,3 +118,20 @@ def test_written_pairs_are_read_as_any_data(tmp_path) -> None:
     reading = read_labelled(read_records(write_pairs(pairs, tmp_path)))
     assert [p.preferred for p in reading.pairs] == [p.preferred for p in pairs]
     assert [p.prompt for p in reading.pairs] == [p.example.caption for p in pairs]
+
+
+def test_a_pair_about_which_nothing_can_be_written_is_skipped(monkeypatch):
+    """Four requests of a pair come to nothing; the row holds the next pair's."""
+    real, asked = writing.pair_criteria, []
+
+    def none_at_first(*args):
+        asked.append(args)
+        return ((), ()) if len(asked) <= 4 else real(*args)
+
+    monkeypatch.setattr(writing, "pair_criteria", none_at_first)
+    maker = BatchMaker(build_tokenizer())
+    batch, patches = maker.batch(np.random.default_rng(0), 1, "train", {"write": 1.0})
+    assert len(asked) >= 8
+    pictures = 3 if asked[4][1].source else 2
+    assert len(patches) == pictures
+    assert '{"criteria": ["' in maker.tokenizer.decode(batch.answer_ids)
