@@ -117,11 +117,12 @@ def report(
     *,
     ours: str = "ours",
     with_memory: bool = True,
+    rounds: int = ROUNDS,
 ) -> dict[str, OpRow]:
     """Times contenders, gives ours to pytest-benchmark, appends CSV rows, and returns them by
     name.
     """
-    seconds = interleave(runs)
+    seconds = interleave(runs, rounds=rounds)
     peaks = {name: peak_allocated(run) if with_memory else None for name, run in runs.items()}
     outputs = _tensor_bytes(runs[ours]())
     ratios = {

@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +23,28 @@ logger = logging.getLogger("arr_fast")
 # 8 samples of 512 px FLUX latents. Smaller passes run in the caches, where a graph would have to
 # run tens of thousands of times to earn its compilation.
 FUSED_ELEMENTS = 8 * 1024 * 64
-Formula = Callable[[list[Tensor], Tensor | None], Tensor]
+# From latents, scalars as one table [n, B], and constants [n].
+Formula = Callable[[list[Tensor], Tensor | None, Tensor | None], Any]
 
 
-def error_square_sums(latents: list[Tensor], scalars: Tensor | None) -> Tensor:
+def error_square_sums(
+    latents: list[Tensor], scalars: Tensor | None, constants: Tensor | None = None
+) -> Tensor:
     """[B] sums of (x' - x_scale x - v_scale v)^2, from (v, x, x') and (x_scale, v_scale)."""
     assert scalars is not None
     return _error(latents, scalars).square().sum(1)
 
 
-def gap_square_sums(latents: list[Tensor], scalars: Tensor | None) -> Tensor:
+def gap_square_sums(
+    latents: list[Tensor], scalars: Tensor | None, constants: Tensor | None = None
+) -> Tensor:
     """[B] sums of (v - other)^2, from (v, other)."""
     return (latents[0].float() - latents[1].float()).square().sum(1)
 
 
-def velocity_gradient(latents: list[Tensor], scalars: Tensor | None) -> Tensor:
+def velocity_gradient(
+    latents: list[Tensor], scalars: Tensor | None, constants: Tensor | None = None
+) -> Tensor:
     """[B, E] dv, from (v, x, x', others) and (x_scale, v_scale, error_scale, a scale each)."""
     assert scalars is not None
     v = latents[0].float()
@@ -51,13 +59,19 @@ def _error(latents: list[Tensor], scalars: Tensor) -> Tensor:
     return x_next - scalars[0][:, None] * x - scalars[1][:, None] * v
 
 
-def run_fused(formula: Formula, latents: list[Tensor], scalars: list[Tensor]) -> Tensor | None:
+def run_fused(
+    formula: Formula,
+    latents: list[Tensor],
+    scalars: list[Tensor],
+    constants: tuple[float, ...] = (),
+) -> Any:
     """Runs a formula in one loop over the latents.
 
     Args:
-        formula: One of this file's.
+        formula: One of this file's, or one that is made of them.
         latents: [B, ...] of one shape, read as [B, E].
         scalars: Float32 [B].
+        constants: Numbers whose values build no graph of their own; float64.
 
     Returns:
         The result, or None for latents that are small or not on a CPU, and where `why_not_fused`
@@ -75,7 +89,8 @@ def run_fused(formula: Formula, latents: list[Tensor], scalars: list[Tensor]) ->
             with torch.no_grad():
                 flat = [tensor.detach().flatten(1) for tensor in latents]
                 # One table, never a view: guards look at the base of a view as well.
-                return _compiled(formula)(flat, torch.stack(scalars) if scalars else None)
+                table = _static_rows(torch.stack(scalars)) if scalars else None
+                return _compiled(formula)(flat, table, _as_tensor(constants) if constants else None)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             said = str(error).split("\n\n")[0]
             reason = f"torch.compile failed: {' '.join(said.split()) or repr(error)}"
@@ -106,6 +121,17 @@ def _is_found(program: str, _path: str | None) -> bool:
 
 # The first failure of this process: a compiler that failed is not asked again.
 _failures: list[str] = []
+
+
+@lru_cache(maxsize=64)
+def _as_tensor(constants: tuple[float, ...]) -> Tensor:
+    return _static_rows(torch.tensor(constants, dtype=torch.float64))
+
+
+def _static_rows(table: Tensor) -> Tensor:
+    # Else a batch as large as the number of rows is taken for the same size, in a graph of its own.
+    torch._dynamo.mark_static(table, 0)
+    return table
 
 
 @cache

@@ -20,7 +20,8 @@ def error_square_sums(
 ) -> Tensor:
     """Sums of (x' - x_scale x - v_scale v)^2 per sample.
 
-    The rollout and the loss both call it, so the ratio of an unchanged policy is exactly 1.
+    The rollout and the loss both add up in this order, fused or in blocks, so the ratio of an
+    unchanged policy is exactly 1.
 
     Args:
         v: [B, ...] velocity.
@@ -33,7 +34,7 @@ def error_square_sums(
         Float64 [B].
     """
     formula = latent_fused.error_square_sums
-    fused = latent_fused.run_fused(formula, [v, x, x_next], [x_scale, v_scale])
+    fused: Tensor | None = latent_fused.run_fused(formula, [v, x, x_next], [x_scale, v_scale])
     if fused is not None:
         return fused.double()
     minus_x, minus_v = Scalars(-x_scale), Scalars(-v_scale)
@@ -55,7 +56,7 @@ def gap_square_sums(v: Tensor, other: Tensor) -> Tensor:
     Returns:
         Float64 [B].
     """
-    fused = latent_fused.run_fused(latent_fused.gap_square_sums, [v, other], [])
+    fused: Tensor | None = latent_fused.run_fused(latent_fused.gap_square_sums, [v, other], [])
     if fused is not None:
         return fused.double()
     sums, scratch = SquareSums(v), Scratch()
@@ -92,7 +93,7 @@ def velocity_gradient(
     """
     latents = [v, x, x_next, *(other for other, _ in others)]
     numbers = [x_scale, v_scale, error_scale, *(scale for _, scale in others)]
-    fused = latent_fused.run_fused(latent_fused.velocity_gradient, latents, numbers)
+    fused: Tensor | None = latent_fused.run_fused(latent_fused.velocity_gradient, latents, numbers)
     if fused is not None:
         return fused.view(v.shape)
     minus_x, minus_v = Scalars(-x_scale), Scalars(-v_scale)

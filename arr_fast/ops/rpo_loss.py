@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from arr_fast.ops.sde_step import StepCoefficients, check_latents, check_scalars
 
@@ -91,7 +93,8 @@ def rpo_loss(
         argument.
     """
     step = coefficients
-    loss, stats = rpo_loss_op(
+    run: Any = _RPOLossFunction.apply if _is_plain(v) else rpo_loss_op
+    loss, stats = run(
         v,
         x,
         x_next,
@@ -114,8 +117,7 @@ def rpo_loss(
     return RPOLoss(loss, log_prob, ratio, clipped, kl_value)
 
 
-@torch.library.custom_op("arr_fast::rpo_loss", mutates_args=())
-def rpo_loss_op(
+def _rpo_loss(
     v: Tensor,
     x: Tensor,
     x_next: Tensor,
@@ -134,7 +136,7 @@ def rpo_loss_op(
     normalised: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The op behind `rpo_loss`.
+    """Checks and runs the forward.
 
     Returns:
         (loss [B], stats [7, B]: log_prob, ratio, clipped, kl, and the three gradient scales
@@ -173,6 +175,10 @@ def rpo_loss_op(
     return result
 
 
+# What a graph holds; eager calls take `_RPOLossFunction`.
+rpo_loss_op = torch.library.custom_op("arr_fast::rpo_loss", _rpo_loss, mutates_args=())
+
+
 @rpo_loss_op.register_fake
 def _(
     v: Tensor,
@@ -198,8 +204,7 @@ def _(
     return loss, torch.empty((7, batch), dtype=torch.float32, device=v.device)
 
 
-@torch.library.custom_op("arr_fast::rpo_loss_backward", mutates_args=())
-def rpo_loss_backward_op(
+def _rpo_loss_backward(
     grad_loss: Tensor,
     stats: Tensor,
     v: Tensor,
@@ -231,6 +236,11 @@ def rpo_loss_backward_op(
         v_scale=v_scale,
     )
     return grad_v
+
+
+rpo_loss_backward_op = torch.library.custom_op(
+    "arr_fast::rpo_loss_backward", _rpo_loss_backward, mutates_args=()
+)
 
 
 @rpo_loss_backward_op.register_fake
@@ -265,6 +275,33 @@ def _backward(ctx: Any, grad_loss: Tensor, grad_stats: Tensor) -> tuple[Tensor |
 
 
 rpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _RPOLossFunction(torch.autograd.Function):
+    """The op without its dispatch, which costs as much as a pass over 4 MB latents."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _rpo_loss(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
+        saved: tuple[Any, ...] = (*ctx.saved_tensors, ctx.impl)
+        grad_v = _rpo_loss_backward(grad_loss.contiguous(), *saved)
+        return grad_v, *[None] * 16
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a call is eager, on a tensor that no mode or subclass watches."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return _get_current_dispatch_mode() is None
 
 
 def check_rpo_loss(

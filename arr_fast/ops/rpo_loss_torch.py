@@ -3,9 +3,14 @@ saved but [B] numbers."""
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from arr_fast.ops import latent_fused
+from arr_fast.ops.latent_fused import run_fused
 from arr_fast.ops.latent_passes import error_square_sums, gap_square_sums, velocity_gradient
 from arr_fast.ops.sde_step_torch import log_prob_of
 
@@ -30,6 +35,14 @@ def rpo_loss_torch(
     normalised: bool,
 ) -> tuple[Tensor, Tensor]:
     """`rpo_loss`: float32 over the latents, float64 over the [B] numbers."""
+    clip = (1 - clip_low, 1 + clip_high)
+    others = [other for other in (v_ref, v_old) if other is not None]
+    formula = _fused(kl, normalised, v_ref is not None, v_old is not None)
+    scalars = [x_scale, v_scale, std, dt, log_prob_old, advantage]
+    fused = run_fused(formula, [v, x, x_next, *others], scalars, (*clip, beta))
+    if fused is not None:
+        loss, stats = fused
+        return loss, stats
     sums = {"error": error_square_sums(v, x, x_next, x_scale, v_scale)}
     if v_ref is not None and kl == "log_prob_diff":
         sums["v_ref"] = error_square_sums(v_ref, x, x_next, x_scale, v_scale)
@@ -39,23 +52,51 @@ def rpo_loss_torch(
         sums["v_old"] = gap_square_sums(v, v_old)
     # A dozen conversions of [B] numbers would cost more than a pass over small latents.
     numbers = torch.stack((v_scale, std, dt, log_prob_old, advantage)).double()
-    clip = (1 - clip_low, 1 + clip_high)
     loss, stats = _finalise(sums, v[0].numel(), numbers, clip, beta, kl, normalised)
     return loss.float(), stats.float()
+
+
+@cache
+def _fused(kl: str, normalised: bool, has_ref: bool, has_old: bool) -> latent_fused.Formula:
+    """The whole forward as one loop over the latents, with the [B] numbers behind it."""
+
+    def loss_and_stats(
+        latents: list[Tensor], table: Tensor | None, constants: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert table is not None and constants is not None
+        v, x, x_next, *others = latents
+        sums = {"error": latent_fused.error_square_sums(latents, table).double()}
+        if has_ref and kl == "log_prob_diff":
+            of_ref = latent_fused.error_square_sums([others[0], x, x_next], table)
+            sums["v_ref"] = of_ref.double()
+        elif has_ref:
+            sums["v_ref"] = latent_fused.gap_square_sums([v, others[0]], None).double()
+        if has_old:
+            sums["v_old"] = latent_fused.gap_square_sums([v, others[-1]], None).double()
+        clip, beta = (constants[0], constants[1]), constants[2]
+        numbers = table[1:].double()
+        loss, stats = _finalise(sums, v.shape[1], numbers, clip, beta, kl, normalised)
+        return loss.float(), stats.float()
+
+    # torch.compile counts graphs per code object, and gives up after eight.
+    code = loss_and_stats.__code__
+    own_name = f"{code.co_name}_{kl}_{normalised}_{has_ref}_{has_old}"
+    loss_and_stats.__code__ = code.replace(co_name=own_name)
+    return loss_and_stats
 
 
 def _finalise(
     sums: dict[str, Tensor],
     elements: int,
     numbers: Tensor,
-    clip: tuple[float, float],
-    beta: float,
+    clip: tuple[float | Tensor, float | Tensor],
+    beta: float | Tensor,
     kl: str,
     normalised: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss [B] and stats [7, B] from sums of squares [B] and (v_scale, std, dt, log_prob_old,
     advantage) [5, B]; everything float64."""
-    v_scale, std, dt, log_prob_old, advantage = numbers.unbind(0)
+    v_scale, std, dt, log_prob_old, advantage = (numbers[row] for row in range(5))
     log_prob = log_prob_of(sums["error"], elements, std, normalised)
     gaussian_weight = 0.5 / std.square()
     zero = torch.zeros_like(std)
@@ -65,7 +106,8 @@ def _finalise(
         drift = v_scale.square() * sums["v_old"] / elements
         log_ratio = std * (log_ratio + weight * drift)
     ratio = log_ratio.exp()
-    policy, clipped_policy = -advantage * ratio, -advantage * ratio.clamp(*clip)
+    bounds: Any = clip
+    policy, clipped_policy = -advantage * ratio, -advantage * ratio.clamp(*bounds)
     loss = torch.maximum(policy, clipped_policy)
     slope = torch.where(policy >= clipped_policy, policy, zero)
     if "v_old" in sums:
@@ -106,6 +148,5 @@ def rpo_loss_backward_torch(
     v_scale: Tensor,
 ) -> Tensor:
     """dv = error_scale (x' - mu) + ref_scale (v - v_ref) + old_scale (v - v_old)."""
-    error_scale, ref_scale, old_scale = (stats[row] * grad_loss for row in (4, 5, 6))
-    others = [(t, s) for t, s in ((v_ref, ref_scale), (v_old, old_scale)) if t is not None]
-    return velocity_gradient(v, x, x_next, x_scale, v_scale, error_scale, others)
+    others = [(t, stats[row] * grad_loss) for t, row in ((v_ref, 5), (v_old, 6)) if t is not None]
+    return velocity_gradient(v, x, x_next, x_scale, v_scale, stats[4] * grad_loss, others)

@@ -16,11 +16,10 @@ import numpy as np
 
 from arr_fast.data.record import Record
 from arr_fast.data.registry import write_records
-from arr_fast.shapes.captions import describe
 from arr_fast.shapes.claims import Claim, Context
-from arr_fast.shapes.pairs import CONTENT_CHANGES, QUALITY_CHANGES, Example
+from arr_fast.shapes.pairs import Example, sample_faulty_pair
 from arr_fast.shapes.render import render
-from arr_fast.shapes.scene import Scene, Split, sample_scene
+from arr_fast.shapes.scene import Scene, Split
 
 QUALITIES = (
     "caption_objects",
@@ -111,7 +110,7 @@ def sample_pairs(
     found: list[HiddenPair] = []
     seen = set(taken)
     while len(found) < count:
-        example = _sample_example(rng, split)
+        example = sample_faulty_pair(rng, split)
         if example.scenes[0] == example.scenes[1] or scene_keys(example) & seen:
             continue
         a, b = (preference.utility(scene, example.context) for scene in example.scenes)
@@ -123,23 +122,6 @@ def sample_pairs(
         likely = 1.0 / (1.0 + np.exp(b - a))
         found.append(HiddenPair(example, (a, b), 1 if rng.random() < likely else 2))
     return [found[int(i)] for i in rng.permutation(count)]
-
-
-def _sample_example(rng: np.random.Generator, split: Split) -> Example:
-    """Two pictures of one caption, each with faults of its own, so that qualities conflict."""
-    base = sample_scene(rng, split)
-    caption = describe(rng, base)
-    scenes = (_with_faults(rng, base, split), _with_faults(rng, base, split))
-    return Example(caption.text(rng), Context(caption=caption), scenes, ())
-
-
-def _with_faults(rng: np.random.Generator, scene: Scene, split: Split) -> Scene:
-    """The scene after 0 to 2 changes of content and 0 to 2 of quality."""
-    out = scene
-    for changes, odds in ((CONTENT_CHANGES, (0.3, 0.4, 0.3)), (QUALITY_CHANGES, (0.3, 0.5, 0.2))):
-        for _ in range(int(rng.choice(3, p=odds))):
-            out = changes[int(rng.integers(len(changes)))](rng, out, split) or out
-    return out
 
 
 def scene_keys(example: Example) -> frozenset[Any]:

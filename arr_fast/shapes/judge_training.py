@@ -1,7 +1,7 @@
 """Stage 2: the decoder learns captions and verdicts together, on packed branches.
 
 Verdicts alone stay at chance for long: one bit each, behind a search, a comparison and a second
-search. Six helpers make them learnable, and none is kept in the checkpoint:
+search. Seven helpers make them learnable, and none is kept in the checkpoint:
 
 - caption branches: what is in Image 1, what is in Image 2;
 - evidence: the tokens that end the user's turn hold, two layers before the end, one word for what
@@ -13,6 +13,8 @@ search. Six helpers make them learnable, and none is kept in the checkpoint:
   place of the source;
 - linear probes that read from the token before the label, at half depth and at the end, whether
   each picture meets the criterion;
+- plans: before general criteria are written, a linear probe at the evidence's depth reads which of
+  them hold on either picture;
 - owners: from the second layer on, image tokens hold the word that their picture goes by, "1", "2"
   or "Source". The winner's number is what a verdict has to say.
 """
@@ -35,13 +37,14 @@ from arr_fast.shapes.forward import VisionForward, decode
 from arr_fast.shapes.model import IMAGE_TOKENS
 from arr_fast.shapes.packing import PackedBatch
 from arr_fast.shapes.rows import BatchMaker
+from arr_fast.shapes.writing import GENERAL_KINDS
 
 OWNER_LAYER, PROBE_LAYER, EVIDENCE_LAYER = 2, 3, 4
 IMAGE_SCALE = 12.0
 # A verdict is read this many tokens after the end of the user's turn.
 TURN_END = 4
 WEIGHTS = {"verdict": 1.5, "caption": 0.7, "evidence": 1.0, "probe": 0.5}
-WEIGHTS |= {"owner": 0.3, "cell": 0.5, "twin": 0.2}
+WEIGHTS |= {"owner": 0.3, "cell": 0.5, "twin": 0.2, "plan": 0.5}
 MIX = {
     "pair": 0.48,
     "edit": 0.2,
@@ -53,12 +56,12 @@ MIX = {
 # The last stage: whole captions and instructions, once single objects are read well; and criteria
 # to write, which copy what a caption or a picture says.
 WHOLE_MIX = {
-    "pair": 0.35,
-    "edit": 0.2,
-    "point": 0.2,
+    "pair": 0.32,
+    "edit": 0.16,
+    "point": 0.18,
     "point_edit": 0.05,
     "vqa": 0.03,
-    "write": 0.17,
+    "write": 0.18,
     "write_caption": 0.08,
 }
 CONTRASTS = 0.5
@@ -71,6 +74,7 @@ class TruthProbes(nn.Module):
         super().__init__()
         self.middle = nn.Linear(hidden, 2)
         self.end = nn.Linear(hidden, 2)
+        self.plan = nn.Linear(hidden, 2 * len(GENERAL_KINDS))
 
     def loss(self, half_VD: Tensor, end_VD: Tensor, truths_V2: Tensor) -> Tensor:
         """Mean binary cross-entropy over the known truths."""
@@ -82,6 +86,14 @@ class TruthProbes(nn.Module):
             for head, states in ((self.middle, scaled), (self.end, end_VD))
         ]
         return (losses[0] + losses[1]) / max(1, len(wanted))
+
+    def plan_loss(self, states_PD: Tensor, plans: Tensor) -> Tensor:
+        """Mean binary cross-entropy of the plans' known facts; 0 where there is no plan."""
+        known = ~plans.isnan()
+        if not known.any():
+            return states_PD.new_zeros(())
+        logits = self.plan(F.rms_norm(states_PD, states_PD.shape[-1:]))
+        return F.binary_cross_entropy_with_logits(logits[known], plans[known])
 
 
 class JudgeLoss:
@@ -135,6 +147,8 @@ class JudgeLoss:
         if self.whole:
             losses["cell"] = self._image_loss(batch.cell, half, self.cell_ids)
             losses["twin"] = self._twin_loss(batch, owner)
+            row, at = batch.plan_at.T
+            losses["plan"] = self.probes.plan_loss(evidence[row, at], batch.plans)
         total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
         return {"loss": torch.as_tensor(total), **losses}
 

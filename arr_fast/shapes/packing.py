@@ -69,6 +69,8 @@ class Tree:
         pictures: Global indices of the tree's pictures within the batch.
         pairwise: Whether its verdicts compare two pictures.
         cells: For each of the last pictures its cells' indices into CELL_WORDS; may be empty.
+        plans: One per path: what is to be known before its answer begins (0, 1 or nan), or None;
+            may be empty.
     """
 
     paths: tuple[Path, ...]
@@ -78,6 +80,7 @@ class Tree:
     pictures: tuple[int, ...]
     pairwise: bool
     cells: tuple[np.ndarray, ...] = ()
+    plans: tuple[np.ndarray | None, ...] = ()
 
 
 def path_of(runs: Sequence[TokenRun], answer: Sequence[int] = ()) -> Path:
@@ -140,6 +143,8 @@ class PackedBatch:
         pairwise: bool [V].
         answer_at: int64 [A, 2] (row, token) whose next token is predicted.
         answer_ids: int64 [A].
+        plan_at: int64 [P, 2] (row, token) before answers that have a plan.
+        plans: float32 [P, facts]; [0, 0] where no answer has one.
     """
 
     ids: Tensor
@@ -154,6 +159,8 @@ class PackedBatch:
     pairwise: Tensor
     answer_at: Tensor
     answer_ids: Tensor
+    plan_at: Tensor
+    plans: Tensor
 
 
 @dataclass(slots=True)
@@ -170,6 +177,8 @@ class RowPacker:
     _pairwise: list[bool] = field(default_factory=list)
     _answer_at: list[tuple[int, int]] = field(default_factory=list)
     _answer_ids: list[int] = field(default_factory=list)
+    _plan_at: list[tuple[int, int]] = field(default_factory=list)
+    _plans: list[np.ndarray] = field(default_factory=list)
 
     def new_row(self) -> None:
         """Starts the next row."""
@@ -207,6 +216,10 @@ class RowPacker:
             for k in range(len(path.ids) - tree.answers[number], len(path.ids)):
                 self._answer_at.append((row, start + k - 1))
                 self._answer_ids.append(int(path.ids[k]))
+            plan = tree.plans[number] if tree.plans else None
+            if plan is not None:
+                self._plan_at.append((row, self._used - 1 - tree.answers[number]))
+                self._plans.append(plan)
         return fitted
 
     def _write(self, tree: Tree, path: Path, begin: int, end: int) -> Span:
@@ -251,4 +264,6 @@ class RowPacker:
             pairwise=torch.tensor(self._pairwise, dtype=torch.bool),
             answer_at=torch.tensor(self._answer_at, dtype=torch.int64).view(-1, 2),
             answer_ids=torch.tensor(self._answer_ids, dtype=torch.int64),
+            plan_at=torch.tensor(self._plan_at, dtype=torch.int64).view(-1, 2),
+            plans=torch.from_numpy(np.stack(self._plans)) if self._plans else torch.zeros(0, 0),
         )

@@ -250,6 +250,18 @@ def _any(values: list[str], rng: np.random.Generator) -> str:
     return values[int(rng.integers(len(values)))]
 
 
+def general_claims(context: Context) -> list[Claim]:
+    """The claims that name nothing of one picture, as far as there is a caption or an edit."""
+    claims = [Claim(k) for k in ("sharpness", "noise", "occlusion", "cut_off")]
+    if context.caption is not None:
+        claims += [Claim(k) for k in ("caption_objects", "caption_colours", "caption_count")]
+        claims += [Claim(k) for k in ("caption_relation", "caption_background", "caption_extra")]
+        claims += [Claim("faithful"), Claim("overall")]
+    if context.edit is not None:
+        claims += [Claim("edit_done"), Claim("edit_kept"), Claim("edit_overall")]
+    return claims
+
+
 def candidate_claims(
     rng: np.random.Generator, scenes: tuple[Scene, ...], context: Context, split: Split
 ) -> list[Claim]:
@@ -258,13 +270,7 @@ def candidate_claims(
     kinds = sorted({o.kind for o in objects})
     if not kinds:
         kinds = [sample_kind(rng, split)]
-    claims: list[Claim] = [Claim(k) for k in ("sharpness", "noise", "occlusion", "cut_off")]
-    if context.caption is not None:
-        claims += [Claim(k) for k in ("caption_objects", "caption_colours", "caption_count")]
-        claims += [Claim(k) for k in ("caption_relation", "caption_background", "caption_extra")]
-        claims += [Claim("faithful"), Claim("overall")]
-    if context.edit is not None:
-        claims += [Claim("edit_done"), Claim("edit_kept"), Claim("edit_overall")]
+    claims = general_claims(context)
     named = [*kinds, sample_kind(rng, split)]
     for kind in named:
         subject = [kind, kind, ("", kind[1]), (kind[0], "")][int(rng.integers(4))]
@@ -378,6 +384,23 @@ def sample_pair(
     context = Context(caption=caption)
     criteria = choose_criteria(rng, scenes, context, split, limit, weights or {})
     return Example(caption.text(rng), context, scenes, criteria)
+
+
+def sample_faulty_pair(rng: np.random.Generator, split: Split) -> Example:
+    """Two pictures of one caption, each with faults of its own, so that qualities conflict."""
+    base = sample_scene(rng, split)
+    caption = describe(rng, base)
+    scenes = (_with_faults(rng, base, split), _with_faults(rng, base, split))
+    return Example(caption.text(rng), Context(caption=caption), scenes, ())
+
+
+def _with_faults(rng: np.random.Generator, scene: Scene, split: Split) -> Scene:
+    """The scene after 0 to 2 changes of content and 0 to 2 of quality."""
+    out = scene
+    for changes, odds in ((CONTENT_CHANGES, (0.3, 0.4, 0.3)), (QUALITY_CHANGES, (0.3, 0.5, 0.2))):
+        for _ in range(int(rng.choice(3, p=odds))):
+            out = changes[int(rng.integers(len(changes)))](rng, out, split) or out
+    return out
 
 
 def _attempt(rng: np.random.Generator, source: Scene, edit: Edit, split: Split) -> Scene:

@@ -33,6 +33,7 @@ from arr_fast.shapes.pairs import (
     Example,
     choose_criteria,
     sample_edit_pair,
+    sample_faulty_pair,
     sample_pair,
     sample_picture,
     single_picture,
@@ -42,6 +43,7 @@ from arr_fast.shapes.scene import Scene, Split
 
 HOLISTIC_SHARE = 0.4
 REJECTED_SHARE = 0.3
+WRITTEN_ABOUT = {"edit": 0.3, "pair": 0.3, "faulty": 0.4}
 THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
 ROW_TOKENS = 352
 READING_TOKENS = 120
@@ -164,6 +166,7 @@ class BatchMaker:
         count = 2 if task == "t2i" else 3
         paths: list[Path] = []
         answers: list[int] = []
+        plans: list[np.ndarray | None] = []
         for general in (True, False):
             for preferred in rng.permutation(2).tolist():
                 written, failing = writing.pair_criteria(rng, example, preferred, general, split)
@@ -176,13 +179,17 @@ class BatchMaker:
                 ids = self._encode(writing.answer(written))
                 paths.append(encode_path(self.encoder, asked, count, ids))
                 answers.append(len(ids))
+                plans.append(writing.general_truths(example, preferred) if general else None)
         if not paths:
             return None
         order = rng.permutation(len(paths)).tolist()
-        paths, answers = [paths[i] for i in order], [answers[i] for i in order]
+        paths, answers, plans = ([each[i] for i in order] for each in (paths, answers, plans))
         pictures = tuple(range(first_picture, first_picture + count))
         prefix = shared_prefix(paths) if len(paths) > 1 else len(paths[0].ids) - answers[0] - 1
-        return Tree(tuple(paths), prefix, (None,) * len(paths), tuple(answers), pictures, True)
+        nothing = (None,) * len(paths)
+        return Tree(
+            tuple(paths), prefix, nothing, tuple(answers), pictures, True, plans=tuple(plans)
+        )
 
     def caption_tree(self, rng: np.random.Generator, example: Example, split: Split) -> Tree:
         """A caption alone, and the criteria that follow from it."""
@@ -330,10 +337,15 @@ class BatchMaker:
     def _fill_writing(
         self, rng: np.random.Generator, packer: RowPacker, images: list[Image.Image], split: Split
     ) -> None:
-        sampler = sample_edit_pair if rng.random() < 0.3 else sample_pair
         tree = None
+        kind = rng.choice(list(WRITTEN_ABOUT), p=list(WRITTEN_ABOUT.values()))
         while tree is None:
-            example = sampler(rng, split, 4, KIND_WEIGHTS)
+            if kind == "edit":
+                example = sample_edit_pair(rng, split, 0)
+            elif kind == "faulty":
+                example = sample_faulty_pair(rng, split)
+            else:
+                example = sample_pair(rng, split, 0)
             tree = self.writing_tree(rng, example, len(images), split)
         packer.add(tree)
         source = [] if example.source is None else [render(example.source)]

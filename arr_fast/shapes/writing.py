@@ -16,7 +16,7 @@ from arr_fast.prompts import Part, Task, pair_parts
 from arr_fast.shapes.captions import Caption
 from arr_fast.shapes.claims import Claim
 from arr_fast.shapes.grammar import wording
-from arr_fast.shapes.pairs import Example, candidate_claims
+from arr_fast.shapes.pairs import Example, candidate_claims, general_claims
 from arr_fast.shapes.scene import Split
 
 GENERAL_KINDS = (
@@ -82,6 +82,28 @@ def caption_criteria(rng: np.random.Generator, caption: Caption, split: Split) -
     if len(caption.kinds) > 1:
         claims.append(Claim("count", value=str(len(caption.kinds))))
     return tuple(wording(claim, rng, split) for claim in claims[:MOST])
+
+
+def general_truths(example: Example, preferred: int) -> np.ndarray:
+    """What is to be known before general criteria are written.
+
+    Args:
+        example: A pair.
+        preferred: 0 or 1, the index of the preferred picture.
+
+    Returns:
+        float32 [2 * kinds]: whether each of GENERAL_KINDS holds on the preferred picture, then
+        whether it holds on the other; nan where that is ambiguous or makes no sense.
+    """
+    truths = np.full((2, len(GENERAL_KINDS)), np.nan, np.float32)
+    for claim in general_claims(example.context):
+        if claim.kind not in GENERAL_KINDS:
+            continue
+        for row, which in enumerate((preferred, 1 - preferred)):
+            truth = claim.truth(example.scenes[which], example.context)
+            if truth is not None:
+                truths[row, GENERAL_KINDS.index(claim.kind)] = truth
+    return truths.ravel()
 
 
 def pair_criteria(

@@ -4,18 +4,22 @@ tests/kernels/interpret."""
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arr_fast.ops.rpo_loss import (
+    RPOLoss,
     check_rpo_loss,
     rpo_loss,
     rpo_loss_backward_op,
     rpo_loss_op,
 )
+from arr_fast.ops.sde_step import StepCoefficients
 from tests.ops.rpo_cases import rpo_inputs
 from tests.ops.rpo_checks import check_loss, coefficients_of
 
@@ -120,6 +124,42 @@ def test_opcheck() -> None:
         rpo_loss_backward_op,
         (torch.ones(2), stats.detach(), *(args[k].detach() for k in keys), "torch"),
     )
+
+
+@pytest.mark.parametrize("kl", KL_FORMS)
+def test_eager_calls_equal_the_op(kl: str) -> None:
+    """rpo_loss calls past the op's dispatch; the op itself, as a graph calls it, gives the same
+    numbers, and a mode that watches tensors still sees the op."""
+    arguments = op_arguments("torch") | {"kl": kl}
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def direct(v: torch.Tensor) -> RPOLoss:
+        names = ("x_scale", "v_scale", "std", "dt")
+        rest = {k: a for k, a in arguments.items() if k not in ("v", "x", "x_next", *names)}
+        step = StepCoefficients(*(arguments[name] for name in names))
+        return rpo_loss(v, arguments["x"], arguments["x_next"], step, **rest)
+
+    grads = []
+    for watch in (False, True):
+        v = arguments["v"].clone().requires_grad_()
+        with Watch() if watch else nullcontext():
+            result = direct(v)
+        (grad,) = torch.autograd.grad(result.loss.sum(), v)
+        grads.append((result.loss.detach(), result.kl, grad))
+    assert seen.count("arr_fast.rpo_loss.default") == 1
+    v = arguments["v"].clone().requires_grad_()
+    loss, stats = rpo_loss_op(*{**arguments, "v": v}.values())
+    grads.append((loss.detach(), stats[3].detach(), torch.autograd.grad(loss.sum(), v)[0]))
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+    (first,) = torch.autograd.grad(direct(v).loss.sum(), v, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        first.sum().backward()
 
 
 def op_arguments(impl: str, shape: tuple[int, ...] = (2, 3, 50)) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from arr_fast.autorubric.text_backend import TextBackendError, TextReply
 from arr_fast.shapes import writing
@@ -21,6 +23,7 @@ from arr_fast.shapes.hidden_preference import (
     scene_keys,
     write_pairs,
 )
+from arr_fast.shapes.judge_training import TruthProbes
 from arr_fast.shapes.pairs import candidate_claims, sample_edit_pair, sample_pair
 from arr_fast.shapes.rows import BatchMaker
 from arr_fast.shapes.tokenizer import build_tokenizer
@@ -135,3 +138,61 @@ def test_a_pair_about_which_nothing_can_be_written_is_skipped(monkeypatch):
     pictures = 3 if asked[4][1].source else 2
     assert len(patches) == pictures
     assert '{"criteria": ["' in maker.tokenizer.decode(batch.answer_ids)
+
+
+@torch.no_grad()
+def test_plans_say_what_the_answer_that_follows_is_made_of():
+    """Read back from the packed tokens: a plan stands before every general answer and before no
+    other; what is written holds on the preferred picture, and fails on the other where anything
+    does; the plan's loss is the mean cross-entropy of its known facts."""
+    maker = BatchMaker(build_tokenizer())
+    batch, _ = maker.batch(np.random.default_rng(1), 12, "train", {"write": 1.0})
+    ids = batch.ids.flatten().tolist()
+    end = maker.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    kinds = len(GENERAL_KINDS)
+    deciding = 0
+    for (row, at), plan in zip(batch.plan_at.tolist(), batch.plans, strict=True):
+        start = row * batch.ids.shape[1] + at + 1
+        asked = maker.tokenizer.decode(ids[start - 20 : start])
+        assert asked.endswith("Write general criteria.<|im_end|>\n<|im_start|>assistant\n")
+        written = maker.tokenizer.decode(ids[start : ids.index(end, start)])
+        places = [
+            GENERAL_KINDS.index(parse_criterion(text).kind)
+            for text in json.loads(written)["criteria"]
+        ]
+        preferred, other = plan[:kinds], plan[kinds:]
+        assert (preferred[places] == 1).all()
+        decides = (preferred == 1) & (other == 0)
+        if decides.any():
+            assert decides[places].all()
+            deciding += 1
+    text = maker.tokenizer.decode(ids)
+    assert len(batch.plans) == text.count("Write general criteria.") >= deciding >= 12
+    probes = TruthProbes(192)
+    states = torch.randn(len(batch.plans), 192)
+    scaled = states / states.square().mean(1, keepdim=True).sqrt()
+    p = torch.sigmoid(scaled @ probes.plan.weight.T + probes.plan.bias)
+    likely = torch.where(batch.plans == 1, p, 1 - p)[~batch.plans.isnan()]
+    loss = probes.plan_loss(states, batch.plans)
+    torch.testing.assert_close(loss, -likely.log().mean(), rtol=1e-4, atol=0)
+    assert probes.plan_loss(states[:0], torch.zeros(0, 0)) == 0
+
+
+def test_what_is_known_before_writing_about_a_pair():
+    """A sharp picture beside the same one blurred; an edit that was done beside one that was not.
+    What a caption asks for makes no sense under an edit, and the other way round."""
+    rng = np.random.default_rng(2)
+    pair = sample_pair(rng, "train", 0)
+    clear = replace(pair.scenes[0], blur=0.0, noise=0.0, hidden=None)
+    pair = replace(pair, scenes=(clear, replace(clear, blur=2.0)))
+    place = GENERAL_KINDS.index
+    kinds = len(GENERAL_KINDS)
+    for preferred, sharp in ((0, [1, 0]), (1, [0, 1])):
+        truths = writing.general_truths(pair, preferred)
+        assert truths[[place("sharpness"), kinds + place("sharpness")]].tolist() == sharp
+        assert np.isnan(truths[[place("edit_done"), kinds + place("edit_done")]]).all()
+    edit = sample_edit_pair(rng, "train", 0)
+    done = edit.context.edit.apply(edit.source)
+    truths = writing.general_truths(replace(edit, scenes=(done, edit.source)), 0)
+    assert truths[[place("edit_done"), kinds + place("edit_done")]].tolist() == [1, 0]
+    assert np.isnan(truths[[place("caption_objects"), place("faithful")]]).all()
