@@ -13,8 +13,9 @@ search. Seven helpers make them learnable, and none is kept in the checkpoint:
   place of the source;
 - linear probes that read from the token before the label, at half depth and at the end, whether
   each picture meets the criterion;
-- plans: before general criteria are written, a linear probe at the evidence's depth reads which of
-  them hold on either picture;
+- facts: two layers before the end a caption's word for an object holds whether either picture shows
+  that object, and a word for an aspect, where criteria are to be written, whether either picture is
+  right in it;
 - owners: from the second layer on, image tokens hold the word that their picture goes by, "1", "2"
   or "Source". The winner's number is what a verdict has to say.
 """
@@ -37,14 +38,13 @@ from arr_fast.shapes.forward import VisionForward, decode
 from arr_fast.shapes.model import IMAGE_TOKENS
 from arr_fast.shapes.packing import PackedBatch
 from arr_fast.shapes.rows import BatchMaker
-from arr_fast.shapes.writing import GENERAL_KINDS
 
 OWNER_LAYER, PROBE_LAYER, EVIDENCE_LAYER = 2, 3, 4
 IMAGE_SCALE = 12.0
 # A verdict is read this many tokens after the end of the user's turn.
 TURN_END = 4
 WEIGHTS = {"verdict": 1.5, "caption": 0.7, "evidence": 1.0, "probe": 0.5}
-WEIGHTS |= {"owner": 0.3, "cell": 0.5, "twin": 0.2, "plan": 0.5}
+WEIGHTS |= {"owner": 0.3, "cell": 0.5, "twin": 0.2, "fact": 1.0}
 MIX = {
     "pair": 0.48,
     "edit": 0.2,
@@ -56,13 +56,13 @@ MIX = {
 # The last stage: whole captions and instructions, once single objects are read well; and criteria
 # to write, which copy what a caption or a picture says.
 WHOLE_MIX = {
-    "pair": 0.32,
-    "edit": 0.16,
+    "pair": 0.3,
+    "edit": 0.15,
     "point": 0.18,
-    "point_edit": 0.05,
+    "point_edit": 0.04,
     "vqa": 0.03,
-    "write": 0.18,
-    "write_caption": 0.08,
+    "write": 0.24,
+    "write_caption": 0.06,
 }
 CONTRASTS = 0.5
 
@@ -74,7 +74,7 @@ class TruthProbes(nn.Module):
         super().__init__()
         self.middle = nn.Linear(hidden, 2)
         self.end = nn.Linear(hidden, 2)
-        self.plan = nn.Linear(hidden, 2 * len(GENERAL_KINDS))
+        self.fact = nn.Linear(hidden, 2)
 
     def loss(self, half_VD: Tensor, end_VD: Tensor, truths_V2: Tensor) -> Tensor:
         """Mean binary cross-entropy over the known truths."""
@@ -87,13 +87,13 @@ class TruthProbes(nn.Module):
         ]
         return (losses[0] + losses[1]) / max(1, len(wanted))
 
-    def plan_loss(self, states_PD: Tensor, plans: Tensor) -> Tensor:
-        """Mean binary cross-entropy of the plans' known facts; 0 where there is no plan."""
-        known = ~plans.isnan()
+    def fact_loss(self, states_FD: Tensor, truths_F2: Tensor) -> Tensor:
+        """Mean binary cross-entropy over the known truths; 0 where there is none."""
+        known = ~truths_F2.isnan()
         if not known.any():
-            return states_PD.new_zeros(())
-        logits = self.plan(F.rms_norm(states_PD, states_PD.shape[-1:]))
-        return F.binary_cross_entropy_with_logits(logits[known], plans[known])
+            return states_FD.new_zeros(())
+        logits = self.fact(F.rms_norm(states_FD, states_FD.shape[-1:]))
+        return F.binary_cross_entropy_with_logits(logits[known], truths_F2[known])
 
 
 class JudgeLoss:
@@ -147,8 +147,8 @@ class JudgeLoss:
         if self.whole:
             losses["cell"] = self._image_loss(batch.cell, half, self.cell_ids)
             losses["twin"] = self._twin_loss(batch, owner)
-            row, at = batch.plan_at.T
-            losses["plan"] = self.probes.plan_loss(evidence[row, at], batch.plans)
+            row, at = batch.fact_at.T
+            losses["fact"] = self.probes.fact_loss(evidence[row, at], batch.facts)
         total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
         return {"loss": torch.as_tensor(total), **losses}
 

@@ -22,6 +22,9 @@ from arr_fast.shapes.model import IMAGE_TOKENS
 
 IMAGE_SIDE_TOKENS = 4
 
+# Place, truth on the first picture, truth on the second.
+Fact = tuple[int, float, float]
+
 
 @dataclass(frozen=True, slots=True)
 class Path:
@@ -69,8 +72,8 @@ class Tree:
         pictures: Global indices of the tree's pictures within the batch.
         pairwise: Whether its verdicts compare two pictures.
         cells: For each of the last pictures its cells' indices into CELL_WORDS; may be empty.
-        plans: One per path: what is to be known before its answer begins (0, 1 or nan), or None;
-            may be empty.
+        facts: (place in the prefix, truth on the first judged picture, on the second) of words at
+            which that is to be known; 0, 1 or nan.
     """
 
     paths: tuple[Path, ...]
@@ -80,7 +83,7 @@ class Tree:
     pictures: tuple[int, ...]
     pairwise: bool
     cells: tuple[np.ndarray, ...] = ()
-    plans: tuple[np.ndarray | None, ...] = ()
+    facts: tuple[Fact, ...] = ()
 
 
 def path_of(runs: Sequence[TokenRun], answer: Sequence[int] = ()) -> Path:
@@ -143,8 +146,8 @@ class PackedBatch:
         pairwise: bool [V].
         answer_at: int64 [A, 2] (row, token) whose next token is predicted.
         answer_ids: int64 [A].
-        plan_at: int64 [P, 2] (row, token) before answers that have a plan.
-        plans: float32 [P, facts]; [0, 0] where no answer has one.
+        fact_at: int64 [F, 2] (row, token) of words about which the truth on the pictures is known.
+        facts: float32 [F, 2]; whether it holds on the first picture and on the second.
     """
 
     ids: Tensor
@@ -159,8 +162,8 @@ class PackedBatch:
     pairwise: Tensor
     answer_at: Tensor
     answer_ids: Tensor
-    plan_at: Tensor
-    plans: Tensor
+    fact_at: Tensor
+    facts: Tensor
 
 
 @dataclass(slots=True)
@@ -177,8 +180,8 @@ class RowPacker:
     _pairwise: list[bool] = field(default_factory=list)
     _answer_at: list[tuple[int, int]] = field(default_factory=list)
     _answer_ids: list[int] = field(default_factory=list)
-    _plan_at: list[tuple[int, int]] = field(default_factory=list)
-    _plans: list[np.ndarray] = field(default_factory=list)
+    _fact_at: list[tuple[int, int]] = field(default_factory=list)
+    _facts: list[tuple[float, float]] = field(default_factory=list)
 
     def new_row(self) -> None:
         """Starts the next row."""
@@ -200,6 +203,9 @@ class RowPacker:
         """Adds a tree to the current row and returns how many of its branches fitted."""
         prefix = self._write(tree, tree.paths[0], 0, tree.prefix)
         self.spans.append((0, None, prefix))
+        for place, first, second in tree.facts:
+            self._fact_at.append(divmod(prefix.start + place, self.length))
+            self._facts.append((first, second))
         fitted = 0
         for number, path in enumerate(tree.paths):
             if len(path.ids) - tree.prefix > self.free:
@@ -216,10 +222,6 @@ class RowPacker:
             for k in range(len(path.ids) - tree.answers[number], len(path.ids)):
                 self._answer_at.append((row, start + k - 1))
                 self._answer_ids.append(int(path.ids[k]))
-            plan = tree.plans[number] if tree.plans else None
-            if plan is not None:
-                self._plan_at.append((row, self._used - 1 - tree.answers[number]))
-                self._plans.append(plan)
         return fitted
 
     def _write(self, tree: Tree, path: Path, begin: int, end: int) -> Span:
@@ -264,6 +266,6 @@ class RowPacker:
             pairwise=torch.tensor(self._pairwise, dtype=torch.bool),
             answer_at=torch.tensor(self._answer_at, dtype=torch.int64).view(-1, 2),
             answer_ids=torch.tensor(self._answer_ids, dtype=torch.int64),
-            plan_at=torch.tensor(self._plan_at, dtype=torch.int64).view(-1, 2),
-            plans=torch.from_numpy(np.stack(self._plans)) if self._plans else torch.zeros(0, 0),
+            fact_at=torch.tensor(self._fact_at, dtype=torch.int64).view(-1, 2),
+            facts=torch.tensor(self._facts, dtype=torch.float32).view(-1, 2),
         )

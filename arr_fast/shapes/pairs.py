@@ -250,18 +250,6 @@ def _any(values: list[str], rng: np.random.Generator) -> str:
     return values[int(rng.integers(len(values)))]
 
 
-def general_claims(context: Context) -> list[Claim]:
-    """The claims that name nothing of one picture, as far as there is a caption or an edit."""
-    claims = [Claim(k) for k in ("sharpness", "noise", "occlusion", "cut_off")]
-    if context.caption is not None:
-        claims += [Claim(k) for k in ("caption_objects", "caption_colours", "caption_count")]
-        claims += [Claim(k) for k in ("caption_relation", "caption_background", "caption_extra")]
-        claims += [Claim("faithful"), Claim("overall")]
-    if context.edit is not None:
-        claims += [Claim("edit_done"), Claim("edit_kept"), Claim("edit_overall")]
-    return claims
-
-
 def candidate_claims(
     rng: np.random.Generator, scenes: tuple[Scene, ...], context: Context, split: Split
 ) -> list[Claim]:
@@ -270,7 +258,13 @@ def candidate_claims(
     kinds = sorted({o.kind for o in objects})
     if not kinds:
         kinds = [sample_kind(rng, split)]
-    claims = general_claims(context)
+    claims: list[Claim] = [Claim(k) for k in ("sharpness", "noise", "occlusion", "cut_off")]
+    if context.caption is not None:
+        claims += [Claim(k) for k in ("caption_objects", "caption_colours", "caption_count")]
+        claims += [Claim(k) for k in ("caption_relation", "caption_background", "caption_extra")]
+        claims += [Claim("faithful"), Claim("overall")]
+    if context.edit is not None:
+        claims += [Claim("edit_done"), Claim("edit_kept"), Claim("edit_overall")]
     named = [*kinds, sample_kind(rng, split)]
     for kind in named:
         subject = [kind, kind, ("", kind[1]), (kind[0], "")][int(rng.integers(4))]

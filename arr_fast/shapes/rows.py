@@ -14,12 +14,13 @@ from torch import Tensor
 from arr_fast import prompts
 from arr_fast.prompts import PromptEncoder
 from arr_fast.shapes import easy_vqa, writing
-from arr_fast.shapes.captions import NUMBERS
-from arr_fast.shapes.claims import Context
+from arr_fast.shapes.captions import NUMBERS, PLURALS
+from arr_fast.shapes.claims import Claim, Context, matching
 from arr_fast.shapes.evidence import cell_words
 from arr_fast.shapes.forward import patchify
 from arr_fast.shapes.model import SIDE
 from arr_fast.shapes.packing import (
+    Fact,
     PackedBatch,
     Path,
     RowPacker,
@@ -39,7 +40,7 @@ from arr_fast.shapes.pairs import (
     single_picture,
 )
 from arr_fast.shapes.render import render
-from arr_fast.shapes.scene import Scene, Split
+from arr_fast.shapes.scene import COLOURS, SHAPES, Scene, Split
 
 HOLISTIC_SHARE = 0.4
 REJECTED_SHARE = 0.3
@@ -61,6 +62,18 @@ def make_encoder(tokenizer: Any) -> PromptEncoder:
     return PromptEncoder(
         tokenizer, image_token="<|image_pad|>", expand_image=lambda n: [([pad] * n, True)]
     )
+
+
+def shows(scene: Scene, kind: tuple[str, str], count: int, context: Context) -> bool | None:
+    """Whether a picture shows an object at least so many times; None where nobody can say."""
+    truth = Claim("presence", kind).truth(scene, context)
+    return len(matching(scene, kind)) >= count if truth else truth
+
+
+def _last_place(ids: np.ndarray, wanted: Sequence[int]) -> int:
+    """Where a sequence begins for the last time."""
+    windows = np.lib.stride_tricks.sliding_window_view(ids, len(wanted))
+    return int(np.flatnonzero((windows == np.asarray(wanted)).all(1))[-1])
 
 
 def describe_picture(scene: Scene) -> str:
@@ -96,9 +109,15 @@ class BatchMaker:
     contrasts: float = 0.0
     encoder: PromptEncoder = field(init=False)
     _encode: Any = field(init=False)
+    _words: dict[int, str] = field(init=False)
+    _nouns: dict[int, tuple[str, bool]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.encoder = make_encoder(self.tokenizer)
+        token = self.tokenizer.convert_tokens_to_ids
+        self._words = {token("Ġ" + word): word for word in (*COLOURS, *NUMBERS)}
+        self._nouns = {token("Ġ" + shape): (shape, False) for shape in SHAPES}
+        self._nouns |= {token("Ġ" + PLURALS[shape]): (shape, True) for shape in SHAPES}
         plain = prompts.plain_backend(self.tokenizer)
         end = [self.tokenizer.convert_tokens_to_ids("<|im_end|>")]
         self._encode = lru_cache(maxsize=20000)(
@@ -147,14 +166,16 @@ class BatchMaker:
             verdicts.insert(2, Verdict("holistic", 0.5 + 0.5 * float(np.sign(met[0] - met[1]))))
             answers.insert(2, 0)
         pictures = tuple(range(first_picture, first_picture + count))
+        prefix = shared_prefix(paths)
         return Tree(
             tuple(paths),
-            shared_prefix(paths),
+            prefix,
             tuple(verdicts),
             tuple(answers),
             pictures,
             True,
             tuple(cell_words(scene, example.context) for scene in example.scenes),
+            self._named(paths[0].ids[:prefix], example.scenes, example.context),
         )
 
     def writing_tree(
@@ -166,7 +187,6 @@ class BatchMaker:
         count = 2 if task == "t2i" else 3
         paths: list[Path] = []
         answers: list[int] = []
-        plans: list[np.ndarray | None] = []
         for general in (True, False):
             for preferred in rng.permutation(2).tolist():
                 written, failing = writing.pair_criteria(rng, example, preferred, general, split)
@@ -179,17 +199,42 @@ class BatchMaker:
                 ids = self._encode(writing.answer(written))
                 paths.append(encode_path(self.encoder, asked, count, ids))
                 answers.append(len(ids))
-                plans.append(writing.general_truths(example, preferred) if general else None)
         if not paths:
             return None
         order = rng.permutation(len(paths)).tolist()
-        paths, answers, plans = ([each[i] for i in order] for each in (paths, answers, plans))
+        paths, answers = [paths[i] for i in order], [answers[i] for i in order]
         pictures = tuple(range(first_picture, first_picture + count))
         prefix = shared_prefix(paths) if len(paths) > 1 else len(paths[0].ids) - answers[0] - 1
+        words = self._encode(f"Check {', '.join(writing.ASPECTS[task].values())}.")[:-1]
+        start = _last_place(paths[0].ids[:prefix], words) + 1
+        truths = writing.aspect_truths(example).tolist()
+        # A word and a comma each, after "Check".
+        facts = [(start + 2 * i, a, b) for i, (a, b) in enumerate(truths)]
+        facts += self._named(paths[0].ids[:prefix], example.scenes, example.context)
         nothing = (None,) * len(paths)
         return Tree(
-            tuple(paths), prefix, nothing, tuple(answers), pictures, True, plans=tuple(plans)
+            tuple(paths), prefix, nothing, tuple(answers), pictures, True, facts=tuple(facts)
         )
+
+    def _named(
+        self, ids: np.ndarray, scenes: Sequence[Scene], context: Context
+    ) -> tuple[Fact, ...]:
+        """Where a prompt's caption names an object, and whether each of one or two pictures shows
+        it, as often as it is named."""
+        if context.caption is None:
+            return ()
+        found = []
+        for place in np.flatnonzero([int(token) in self._nouns for token in ids]).tolist():
+            before = [self._words.get(int(token), "") for token in ids[place - 3 : place]]
+            if before[2] not in COLOURS:
+                continue
+            shape, is_plural = self._nouns[int(ids[place])]
+            number = next((NUMBERS.index(w) for w in before[1::-1] if w in NUMBERS), 1)
+            count = number if is_plural else 1
+            truths = [shows(scene, (before[2], shape), count, context) for scene in scenes]
+            known = [float("nan") if truth is None else float(truth) for truth in truths]
+            found.append((place, known[0], known[1] if len(known) > 1 else float("nan")))
+        return tuple(found)
 
     def caption_tree(self, rng: np.random.Generator, example: Example, split: Split) -> Tree:
         """A caption alone, and the criteria that follow from it."""
@@ -207,8 +252,9 @@ class BatchMaker:
         asked: Sequence[Asked],
         first_picture: int,
         cells: tuple[np.ndarray, ...] = (),
+        shown: Example | None = None,
     ) -> Tree:
-        """One picture and what is asked about it."""
+        """One picture and what is asked about it; `shown` tells what there is to see."""
         parts = prompts.point_parts(task, caption)
         count = 1 if task == "t2i" else 2
         leaves = [[*parts, prompts.criterion_leaf(text)] for _, text, *_ in asked]
@@ -220,7 +266,10 @@ class BatchMaker:
         )
         pictures = tuple(range(first_picture, first_picture + count))
         prefix = shared_prefix(paths) if len(paths) > 1 else len(paths[0].ids) - 1
-        return Tree(paths, prefix, verdicts, (0,) * len(paths), pictures, False, cells)
+        facts: tuple[Fact, ...] = ()
+        if shown is not None:
+            facts = self._named(paths[0].ids[:prefix], shown.scenes, shown.context)
+        return Tree(paths, prefix, verdicts, (0,) * len(paths), pictures, False, cells, facts)
 
     def batch(
         self, rng: np.random.Generator, rows: int, split: Split, mix: dict[str, float]
@@ -331,7 +380,7 @@ class BatchMaker:
                 for c in single.criteria[which::2]
             ]
             cells = (cell_words(single.scenes[0], single.context),)
-            packer.add(self.point_tree(task, single.caption, half, len(images), cells))
+            packer.add(self.point_tree(task, single.caption, half, len(images), cells, single))
             images += [*source, render(single.scenes[0], side)]
 
     def _fill_writing(

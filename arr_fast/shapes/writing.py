@@ -16,7 +16,7 @@ from arr_fast.prompts import Part, Task, pair_parts
 from arr_fast.shapes.captions import Caption
 from arr_fast.shapes.claims import Claim
 from arr_fast.shapes.grammar import wording
-from arr_fast.shapes.pairs import Example, candidate_claims, general_claims
+from arr_fast.shapes.pairs import Example, candidate_claims
 from arr_fast.shapes.scene import Split
 
 GENERAL_KINDS = (
@@ -34,6 +34,31 @@ GENERAL_KINDS = (
     "occlusion",
     "cut_off",
 )
+# What a writer is told to look at, a word for each general kind of a task. The bundled judge finds
+# out at these words what holds on which picture, before it writes.
+ASPECTS: dict[Task, dict[str, str]] = {
+    "t2i": {
+        "caption_objects": "objects",
+        "caption_colours": "colours",
+        "caption_relation": "relation",
+        "caption_count": "number",
+        "caption_background": "background",
+        "caption_extra": "extra",
+        "faithful": "faithful",
+        "sharpness": "sharp",
+        "noise": "grain",
+        "occlusion": "covered",
+        "cut_off": "cut",
+    },
+    "edit": {
+        "edit_done": "done",
+        "edit_kept": "unchanged",
+        "sharpness": "sharp",
+        "noise": "grain",
+        "occlusion": "covered",
+        "cut_off": "cut",
+    },
+}
 SPECIFIC_KINDS = ("presence", "colour", "size", "relation", "position", "count", "background")
 MOST = 4
 
@@ -58,7 +83,8 @@ def pair_prompt(
     avoided = "".join(f"\n{i}. {text}" for i, text in enumerate(rejected, 1))
     before = f"\nNot these:{avoided}" if rejected else ""
     kind = "general" if general else "specific"
-    tail = f"\nPreferred: Image {preferred}{before}\nWrite {kind} criteria."
+    aspects = ", ".join(ASPECTS[task].values())
+    tail = f"\nCheck {aspects}.\nPreferred: Image {preferred}{before}\nWrite {kind} criteria."
     return [*pair_parts(task, caption), tail]
 
 
@@ -84,26 +110,21 @@ def caption_criteria(rng: np.random.Generator, caption: Caption, split: Split) -
     return tuple(wording(claim, rng, split) for claim in claims[:MOST])
 
 
-def general_truths(example: Example, preferred: int) -> np.ndarray:
-    """What is to be known before general criteria are written.
-
-    Args:
-        example: A pair.
-        preferred: 0 or 1, the index of the preferred picture.
+def aspect_truths(example: Example) -> np.ndarray:
+    """What is to be known before criteria are written about a pair.
 
     Returns:
-        float32 [2 * kinds]: whether each of GENERAL_KINDS holds on the preferred picture, then
-        whether it holds on the other; nan where that is ambiguous or makes no sense.
+        float32 [aspects of its task, 2]: whether each holds on Image 1 and on Image 2; nan where
+        that is ambiguous.
     """
-    truths = np.full((2, len(GENERAL_KINDS)), np.nan, np.float32)
-    for claim in general_claims(example.context):
-        if claim.kind not in GENERAL_KINDS:
-            continue
-        for row, which in enumerate((preferred, 1 - preferred)):
-            truth = claim.truth(example.scenes[which], example.context)
+    task: Task = "t2i" if example.source is None else "edit"
+    truths = np.full((len(ASPECTS[task]), 2), np.nan, np.float32)
+    for row, kind in enumerate(ASPECTS[task]):
+        for column, scene in enumerate(example.scenes):
+            truth = Claim(kind).truth(scene, example.context)
             if truth is not None:
-                truths[row, GENERAL_KINDS.index(claim.kind)] = truth
-    return truths.ravel()
+                truths[row, column] = truth
+    return truths
 
 
 def pair_criteria(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 
 from arr_fast.autorubric.text_backend import TextBackendError, TextReply
 from arr_fast.shapes import writing
-from arr_fast.shapes.claims import EDIT_KINDS, T2I_KINDS, Claim
+from arr_fast.shapes.captions import PLURALS, Caption
+from arr_fast.shapes.claims import EDIT_KINDS, T2I_KINDS, Claim, Context
 from arr_fast.shapes.criterion_parser import parse_criterion
 from arr_fast.shapes.evaluate_writing import ask, score_writing, writing_tasks
+from arr_fast.shapes.generator_data import scene_of
 from arr_fast.shapes.grammar import wording
 from arr_fast.shapes.hidden_preference import (
     NEAR_TIE,
@@ -24,10 +27,18 @@ from arr_fast.shapes.hidden_preference import (
     write_pairs,
 )
 from arr_fast.shapes.judge_training import TruthProbes
-from arr_fast.shapes.pairs import candidate_claims, sample_edit_pair, sample_pair
+from arr_fast.shapes.pairs import (
+    Example,
+    candidate_claims,
+    choose_criteria,
+    sample_edit_pair,
+    sample_pair,
+    single_picture,
+)
 from arr_fast.shapes.rows import BatchMaker
+from arr_fast.shapes.scene import SHAPES
 from arr_fast.shapes.tokenizer import build_tokenizer
-from arr_fast.shapes.writing import GENERAL_KINDS
+from arr_fast.shapes.writing import ASPECTS, GENERAL_KINDS
 
 
 def test_every_wording_parses_back_to_its_claim() -> None:
@@ -141,58 +152,85 @@ def test_a_pair_about_which_nothing_can_be_written_is_skipped(monkeypatch):
 
 
 @torch.no_grad()
-def test_plans_say_what_the_answer_that_follows_is_made_of():
-    """Read back from the packed tokens: a plan stands before every general answer and before no
-    other; what is written holds on the preferred picture, and fails on the other where anything
-    does; the plan's loss is the mean cross-entropy of its known facts."""
+def test_aspects_say_what_the_answers_are_made_of():
+    """Read back from the packed tokens: the words after "Check" know what holds on either picture;
+    general criteria that follow hold on the preferred one, and fail on the other where any does."""
     maker = BatchMaker(build_tokenizer())
     batch, _ = maker.batch(np.random.default_rng(1), 12, "train", {"write": 1.0})
-    ids = batch.ids.flatten().tolist()
-    end = maker.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    kinds = len(GENERAL_KINDS)
-    deciding = 0
-    for (row, at), plan in zip(batch.plan_at.tolist(), batch.plans, strict=True):
-        start = row * batch.ids.shape[1] + at + 1
-        asked = maker.tokenizer.decode(ids[start - 20 : start])
-        assert asked.endswith("Write general criteria.<|im_end|>\n<|im_start|>assistant\n")
-        written = maker.tokenizer.decode(ids[start : ids.index(end, start)])
-        places = [
-            GENERAL_KINDS.index(parse_criterion(text).kind)
-            for text in json.loads(written)["criteria"]
-        ]
-        preferred, other = plan[:kinds], plan[kinds:]
-        assert (preferred[places] == 1).all()
-        decides = (preferred == 1) & (other == 0)
-        if decides.any():
-            assert decides[places].all()
-            deciding += 1
-    text = maker.tokenizer.decode(ids)
-    assert len(batch.plans) == text.count("Write general criteria.") >= deciding >= 12
+    facts = {
+        tuple(at): f for at, f in zip(batch.fact_at.tolist(), batch.facts.tolist(), strict=True)
+    }
+    decided = 0
+    for row, ids in enumerate(batch.ids.tolist()):
+        text = maker.tokenizer.decode(ids)
+        prompt, *branches = text.split("Preferred: Image ")
+        if "Check " not in prompt:
+            continue
+        task = "edit" if "Check done" in prompt else "t2i"
+        assert prompt.endswith(f"Check {', '.join(ASPECTS[task].values())}.\n")
+        start = len(maker.tokenizer(prompt[: prompt.index("Check ")]).input_ids) + 1
+        truths = [facts.pop((row, start + 2 * i)) for i in range(len(ASPECTS[task]))]
+        known = dict(zip(ASPECTS[task], truths, strict=True))
+        # Branches that share more than the prompt go on where they part: "1", "2", "...".
+        branches = re.findall(
+            r"([12])\n(?:Not these:\n.*?\n)?Write general .*?\n.*?\n(.*?)<", text, re.S
+        )
+        for preferred, written in branches:
+            own, other = (0, 1) if preferred == "1" else (1, 0)
+            kinds = [parse_criterion(each).kind for each in json.loads(written)["criteria"]]
+            assert all(known[kind][own] == 1 for kind in kinds)
+            if any(truth[own] == 1 and truth[other] == 0 for truth in truths):
+                assert all(known[kind][other] == 0 for kind in kinds)
+                decided += 1
+    assert decided >= 8
+    # What is left are the captions' own objects.
+    shapes = {maker.tokenizer.decode(batch.ids[row, at]).strip() for row, at in facts}
+    assert {"circle", "square"} <= shapes <= {*SHAPES, *PLURALS.values()}
+
+
+def test_a_captions_words_for_objects_know_which_picture_shows_them():
+    maker = BatchMaker(build_tokenizer())
+    rng = np.random.default_rng(0)
+    red, blue, star = ("red", "circle"), ("blue", "square"), ("green", "star")
+    both = scene_of(rng, (red, red, blue), "white")
+    scenes = (both, scene_of(rng, (red, blue, star), "white"))
+    context = Context(caption=Caption((red, red, blue)))
+    text = "two red circles and a blue square"
+    example = Example(text, context, scenes, choose_criteria(rng, scenes, context, "train", 4, {}))
+    trees = [maker.pair_tree(example, 0), maker.writing_tree(rng, example, 0, "train")]
+    single = single_picture(example, 1)
+    asked = [("presence", text, True, (), ()) for text in ("A star is visible.", "It is sharp.")]
+    trees.append(maker.point_tree("t2i", text, asked, 0, (), single))
+    for number, tree in enumerate(trees):
+        words = [maker.tokenizer.decode([tree.paths[0].ids[at]]) for at, _, _ in tree.facts]
+        truths = [known for _, *known in tree.facts]
+        assert words[-2:] == [" circles", " square"]
+        expected = [[1, 0], [1, 1]] if number < 2 else [[0, np.nan], [1, np.nan]]
+        np.testing.assert_array_equal(truths[-2:], expected)
+        assert len(words) == (2 if number != 1 else 2 + len(ASPECTS["t2i"]))
+
+
+def test_the_loss_of_facts_is_their_cross_entropy():
     probes = TruthProbes(192)
-    states = torch.randn(len(batch.plans), 192)
+    states = torch.randn(5, 192)
+    truths = torch.tensor([[1, 0], [0, float("nan")], [1, 1], [float("nan")] * 2, [0, 1.0]])
     scaled = states / states.square().mean(1, keepdim=True).sqrt()
-    p = torch.sigmoid(scaled @ probes.plan.weight.T + probes.plan.bias)
-    likely = torch.where(batch.plans == 1, p, 1 - p)[~batch.plans.isnan()]
-    loss = probes.plan_loss(states, batch.plans)
-    torch.testing.assert_close(loss, -likely.log().mean(), rtol=1e-4, atol=0)
-    assert probes.plan_loss(states[:0], torch.zeros(0, 0)) == 0
+    p = torch.sigmoid(scaled @ probes.fact.weight.T + probes.fact.bias)
+    likely = torch.where(truths == 1, p, 1 - p)[~truths.isnan()]
+    torch.testing.assert_close(probes.fact_loss(states, truths), -likely.log().mean())
+    assert probes.fact_loss(states[:0], truths[:0]) == 0
 
 
 def test_what_is_known_before_writing_about_a_pair():
-    """A sharp picture beside the same one blurred; an edit that was done beside one that was not.
-    What a caption asks for makes no sense under an edit, and the other way round."""
+    """A sharp picture beside the same one blurred; an edit that was done beside none."""
     rng = np.random.default_rng(2)
     pair = sample_pair(rng, "train", 0)
     clear = replace(pair.scenes[0], blur=0.0, noise=0.0, hidden=None)
     pair = replace(pair, scenes=(clear, replace(clear, blur=2.0)))
-    place = GENERAL_KINDS.index
-    kinds = len(GENERAL_KINDS)
-    for preferred, sharp in ((0, [1, 0]), (1, [0, 1])):
-        truths = writing.general_truths(pair, preferred)
-        assert truths[[place("sharpness"), kinds + place("sharpness")]].tolist() == sharp
-        assert np.isnan(truths[[place("edit_done"), kinds + place("edit_done")]]).all()
+    truths = dict(zip(ASPECTS["t2i"], writing.aspect_truths(pair).tolist(), strict=True))
+    assert truths["sharpness"] == [1, 0] and truths["noise"] == [1, 1] == truths["occlusion"]
     edit = sample_edit_pair(rng, "train", 0)
     done = edit.context.edit.apply(edit.source)
-    truths = writing.general_truths(replace(edit, scenes=(done, edit.source)), 0)
-    assert truths[[place("edit_done"), kinds + place("edit_done")]].tolist() == [1, 0]
-    assert np.isnan(truths[[place("caption_objects"), place("faithful")]]).all()
+    truths = writing.aspect_truths(replace(edit, scenes=(done, edit.source)))
+    assert truths[list(ASPECTS["edit"]).index("edit_done")].tolist() == [1, 0]
+    assert {*ASPECTS["t2i"], *ASPECTS["edit"]} == set(GENERAL_KINDS)
