@@ -278,16 +278,17 @@ rpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _RPOLossFunction(torch.autograd.Function):
-    """The op without its dispatch, which costs as much as a pass over 4 MB latents."""
+    """The op without its dispatch, which costs as much as a pass over 4 MB latents.
+
+    With a `setup_context` of its own, PyTorch would look up the signature of forward in each call.
+    """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _rpo_loss(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _rpo_loss(*inputs)
         _setup_context(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
+        return output
 
     @staticmethod
     @once_differentiable
