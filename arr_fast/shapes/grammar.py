@@ -294,6 +294,17 @@ def wording(claim: Claim, rng: np.random.Generator, split: Split) -> str:
     """A claim as a criterion's text, in a phrasing of the split."""
     options = phrasings(claim.kind, split)
     form = options[int(rng.integers(len(options)))]
+    picture = PICTURE_WORDS[int(rng.choice(3, p=[0.6, 0.25, 0.15]))]
+    way = int(rng.integers(len(RELATION_WORDS[claim.value]))) if claim.kind == "relation" else 0
+    return _filled(form, claim, picture, way)
+
+
+def plain_wording(claim: Claim) -> str:
+    """A claim as a criterion's text, always in the same words."""
+    return _filled(PHRASINGS[claim.kind][0], claim, PICTURE_WORDS[0], 0)
+
+
+def _filled(form: str, claim: Claim, picture: str, way: int) -> str:
     words = object_words(claim.first)
     values = {
         "o": words,
@@ -301,11 +312,10 @@ def wording(claim: Claim, rng: np.random.Generator, split: Split) -> str:
         "A": article(words).capitalize(),
         "p": object_plural(claim.first),
         "v": claim.value,
-        "i": PICTURE_WORDS[int(rng.choice(3, p=[0.6, 0.25, 0.15]))],
+        "i": picture,
     }
     if claim.kind == "relation":
-        ways = RELATION_WORDS[claim.value]
-        values["r"] = ways[int(rng.integers(len(ways)))]
+        values["r"] = RELATION_WORDS[claim.value][way]
         values["q"] = object_words(claim.second)
     if claim.kind == "count":
         number = int(claim.value)

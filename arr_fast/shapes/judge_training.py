@@ -56,12 +56,12 @@ MIX = {
 # The last stage: whole captions and instructions, once single objects are read well; and criteria
 # to write, which copy what a caption or a picture says.
 WHOLE_MIX = {
-    "pair": 0.3,
-    "edit": 0.15,
+    "pair": 0.27,
+    "edit": 0.14,
     "point": 0.18,
     "point_edit": 0.04,
     "vqa": 0.03,
-    "write": 0.24,
+    "write": 0.28,
     "write_caption": 0.06,
 }
 CONTRASTS = 0.5

@@ -179,7 +179,7 @@ class BatchMaker:
         )
 
     def writing_tree(
-        self, rng: np.random.Generator, example: Example, first_picture: int, split: Split
+        self, rng: np.random.Generator, example: Example, first_picture: int
     ) -> Tree | None:
         """A pair under which general and specific criteria are written for either preference; None
         where no criterion holds on either picture."""
@@ -189,7 +189,7 @@ class BatchMaker:
         answers: list[int] = []
         for general in (True, False):
             for preferred in rng.permutation(2).tolist():
-                written, failing = writing.pair_criteria(rng, example, preferred, general, split)
+                written, failing = writing.pair_criteria(rng, example, preferred, general)
                 if not written:
                     continue
                 rejected = failing if rng.random() < REJECTED_SHARE else ()
@@ -236,12 +236,10 @@ class BatchMaker:
             found.append((place, known[0], known[1] if len(known) > 1 else float("nan")))
         return tuple(found)
 
-    def caption_tree(self, rng: np.random.Generator, example: Example, split: Split) -> Tree:
+    def caption_tree(self, example: Example) -> Tree:
         """A caption alone, and the criteria that follow from it."""
         assert example.context.caption is not None, "criteria are written for captions"
-        ids = self._encode(
-            writing.answer(writing.caption_criteria(rng, example.context.caption, split))
-        )
+        ids = self._encode(writing.answer(writing.caption_criteria(example.context.caption)))
         path = encode_path(self.encoder, writing.caption_prompt(example.caption), 0, ids)
         return Tree((path,), len(path.ids) - len(ids) - 1, (None,), (len(ids),), (), True)
 
@@ -395,7 +393,7 @@ class BatchMaker:
                 example = sample_faulty_pair(rng, split)
             else:
                 example = sample_pair(rng, split, 0)
-            tree = self.writing_tree(rng, example, len(images), split)
+            tree = self.writing_tree(rng, example, len(images))
         packer.add(tree)
         source = [] if example.source is None else [render(example.source)]
         images += [*source, *(render(s) for s in example.scenes)]
@@ -403,4 +401,4 @@ class BatchMaker:
 
     def _fill_captions(self, rng: np.random.Generator, packer: RowPacker, split: Split) -> None:
         while packer.free > CAPTION_TOKENS:
-            packer.add(self.caption_tree(rng, sample_pair(rng, split, 4), split))
+            packer.add(self.caption_tree(sample_pair(rng, split, 0)))

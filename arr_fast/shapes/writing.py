@@ -15,9 +15,9 @@ import numpy as np
 from arr_fast.prompts import Part, Task, pair_parts
 from arr_fast.shapes.captions import Caption
 from arr_fast.shapes.claims import Claim
-from arr_fast.shapes.grammar import wording
-from arr_fast.shapes.pairs import Example, candidate_claims
-from arr_fast.shapes.scene import Split
+from arr_fast.shapes.grammar import plain_wording
+from arr_fast.shapes.pairs import Example
+from arr_fast.shapes.scene import Scene
 
 GENERAL_KINDS = (
     "caption_objects",
@@ -59,7 +59,6 @@ ASPECTS: dict[Task, dict[str, str]] = {
         "cut_off": "cut",
     },
 }
-SPECIFIC_KINDS = ("presence", "colour", "size", "relation", "position", "count", "background")
 MOST = 4
 
 
@@ -93,8 +92,8 @@ def answer(texts: Sequence[str]) -> str:
     return json.dumps({"criteria": list(texts)})
 
 
-def caption_criteria(rng: np.random.Generator, caption: Caption, split: Split) -> tuple[str, ...]:
-    """What a caption asks for, as criteria: objects, sizes, relation, background."""
+def caption_criteria(caption: Caption) -> tuple[str, ...]:
+    """What a caption asks for, as criteria: objects, relation, background, sizes, number."""
     claims = [Claim("presence", kind) for kind in dict.fromkeys(caption.kinds)]
     if caption.relation is not None:
         i, relation, j = caption.relation
@@ -107,7 +106,7 @@ def caption_criteria(rng: np.random.Generator, caption: Caption, split: Split) -
         claims += [Claim("size", k, value=size) for k, size in sized if counts[k] == 1]
     if len(caption.kinds) > 1:
         claims.append(Claim("count", value=str(len(caption.kinds))))
-    return tuple(wording(claim, rng, split) for claim in claims[:MOST])
+    return tuple(plain_wording(claim) for claim in claims[:MOST])
 
 
 def aspect_truths(example: Example) -> np.ndarray:
@@ -117,7 +116,7 @@ def aspect_truths(example: Example) -> np.ndarray:
         float32 [aspects of its task, 2]: whether each holds on Image 1 and on Image 2; nan where
         that is ambiguous.
     """
-    task: Task = "t2i" if example.source is None else "edit"
+    task = _task(example)
     truths = np.full((len(ASPECTS[task]), 2), np.nan, np.float32)
     for row, kind in enumerate(ASPECTS[task]):
         for column, scene in enumerate(example.scenes):
@@ -128,39 +127,58 @@ def aspect_truths(example: Example) -> np.ndarray:
 
 
 def pair_criteria(
-    rng: np.random.Generator, example: Example, preferred: int, general: bool, split: Split
+    rng: np.random.Generator, example: Example, preferred: int, general: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Criteria for a preferred picture, and others that fail on the pair.
 
+    What is written follows from the pair: in a fixed order, in the same words each time.
+
     Args:
-        rng: Source of chance.
+        rng: Source of chance, for what fails.
         example: A pair.
         preferred: 0 or 1, the index of the preferred picture.
         general: Which kind of criteria.
-        split: Which phrasings to use.
 
     Returns:
-        (written, failing): up to MOST criteria that hold on the preferred picture, those first
-        that do not hold on the other; and up to two that do not hold on it, or hold on both.
+        (written, failing): up to MOST criteria that hold on the preferred picture and not on the
+        other, or up to two that hold on both where there are none; and up to two that do not hold
+        on it, or hold on both.
     """
-    kinds = GENERAL_KINDS if general else SPECIFIC_KINDS
-    wins: list[tuple[int, Claim]] = []
-    ties: list[tuple[int, Claim]] = []
-    fails: list[Claim] = []
-    for claim in dict.fromkeys(candidate_claims(rng, example.scenes, example.context, split)):
-        if claim.kind not in kinds:
-            continue
-        met = claim.truth(example.scenes[preferred], example.context)
-        other = claim.truth(example.scenes[1 - preferred], example.context)
-        if met:
-            (wins if other is False else ties).append((kinds.index(claim.kind), claim))
-        if met is False or (met and other):
-            fails.append(claim)
-    wins.sort(key=lambda item: item[0])
-    ties.sort(key=lambda item: item[0])
-    chosen = wins[:MOST] or ties[:2]
-    written = [claim for _, claim in chosen]
-    order = rng.permutation(len(fails))[:2]
-    failing = [fails[int(k)] for k in order if fails[int(k)] not in written]
-    texts = tuple(wording(claim, rng, split) for claim in written)
-    return tuple(dict.fromkeys(texts)), tuple(wording(claim, rng, split) for claim in failing)
+    context = example.context
+    scene, rival = example.scenes[preferred], example.scenes[1 - preferred]
+    if general:
+        claims = [Claim(kind) for kind in GENERAL_KINDS if kind in ASPECTS[_task(example)]]
+        others = claims
+    else:
+        claims = _shown(scene)
+        others = [*claims, *_shown(rival)]
+    met = [claim for claim in claims if claim.truth(scene, context)]
+    wins = [claim for claim in met if claim.truth(rival, context) is False]
+    written = wins[:MOST] or met[:2]
+    fails = [
+        claim
+        for claim in dict.fromkeys(others)
+        if claim not in written
+        and (claim.truth(scene, context) is False or (claim in met and claim.truth(rival, context)))
+    ]
+    failing = [fails[int(k)] for k in rng.permutation(len(fails))[:2]]
+    return (
+        tuple(plain_wording(claim) for claim in written),
+        tuple(plain_wording(claim) for claim in failing),
+    )
+
+
+def _shown(scene: Scene) -> list[Claim]:
+    """What a picture shows: objects from top to bottom, their number, the background, sizes."""
+    objects = sorted(scene.objects, key=lambda o: (int(o.y * 3), o.x))
+    claims = [Claim("presence", kind) for kind in dict.fromkeys(o.kind for o in objects)]
+    if objects:
+        claims.append(Claim("count", value=str(len(objects))))
+    claims.append(Claim("background", value=scene.background))
+    counts = scene.kinds()
+    claims += [Claim("size", o.kind, value=o.size) for o in objects if counts[o.kind] == 1]
+    return claims
+
+
+def _task(example: Example) -> Task:
+    return "t2i" if example.source is None else "edit"

@@ -12,7 +12,7 @@ import torch
 
 from arr_fast.autorubric.text_backend import TextBackendError, TextReply
 from arr_fast.shapes import writing
-from arr_fast.shapes.captions import PLURALS, Caption
+from arr_fast.shapes.captions import PLURALS, Caption, describe
 from arr_fast.shapes.claims import EDIT_KINDS, T2I_KINDS, Claim, Context
 from arr_fast.shapes.criterion_parser import parse_criterion
 from arr_fast.shapes.evaluate_writing import ask, score_writing, writing_tasks
@@ -36,7 +36,7 @@ from arr_fast.shapes.pairs import (
     single_picture,
 )
 from arr_fast.shapes.rows import BatchMaker
-from arr_fast.shapes.scene import SHAPES
+from arr_fast.shapes.scene import SHAPES, sample_scene
 from arr_fast.shapes.tokenizer import build_tokenizer
 from arr_fast.shapes.writing import ASPECTS, GENERAL_KINDS
 
@@ -173,7 +173,7 @@ def test_aspects_say_what_the_answers_are_made_of():
         known = dict(zip(ASPECTS[task], truths, strict=True))
         # Branches that share more than the prompt go on where they part: "1", "2", "...".
         branches = re.findall(
-            r"([12])\n(?:Not these:\n.*?\n)?Write general .*?\n.*?\n(.*?)<", text, re.S
+            r"([12])\n(?:Not these:\n(?:\d\. [^\n]*\n)+)?Write general [^\n]*\n[^\n]*\n(.*?)<", text
         )
         for preferred, written in branches:
             own, other = (0, 1) if preferred == "1" else (1, 0)
@@ -188,6 +188,46 @@ def test_aspects_say_what_the_answers_are_made_of():
     assert {"circle", "square"} <= shapes <= {*SHAPES, *PLURALS.values()}
 
 
+@pytest.mark.parametrize("general", [True, False])
+def test_what_is_taught_to_write_is_true_and_decides(general: bool) -> None:
+    """Read back from its text: true of the preferred picture; false of the other, but where nothing
+    decides; not said twice; what fails is not written, and is false or decides nothing."""
+    rng = np.random.default_rng(4)
+    decided = 0
+    for sampler in (sample_pair, sample_edit_pair) * 40:
+        example = sampler(rng, "held_out", 0)
+        for preferred in (0, 1):
+            own, other = example.scenes[preferred], example.scenes[1 - preferred]
+            written, failing = writing.pair_criteria(rng, example, preferred, general)
+            claims = [parse_criterion(text) for text in written]
+            truths = [claim.truth(other, example.context) for claim in claims]
+            assert all(claim.truth(own, example.context) for claim in claims)
+            assert len(set(claims)) == len(claims) <= 4
+            if False in truths:
+                assert set(truths) == {False}
+                decided += 1
+            for claim in map(parse_criterion, failing):
+                met = claim.truth(own, example.context)
+                assert claim not in claims
+                assert met is False or (met and claim.truth(other, example.context))
+    assert decided > 80
+
+
+def test_what_is_taught_to_write_of_a_caption_holds_on_its_scene() -> None:
+    rng = np.random.default_rng(5)
+    kinds = set()
+    for _ in range(100):
+        scene = sample_scene(rng, "held_out")
+        caption = describe(rng, scene)
+        claims = [parse_criterion(text) for text in writing.caption_criteria(caption)]
+        # A relation or size that is too close to call is not false.
+        truths = [claim.truth(scene, Context(caption=caption)) for claim in claims]
+        assert False not in truths and truths.count(True) >= 1
+        assert len(set(claims)) == len(claims) <= 4
+        kinds |= {claim.kind for claim in claims}
+    assert kinds == {"presence", "relation", "background", "size", "count"}
+
+
 def test_a_captions_words_for_objects_know_which_picture_shows_them():
     maker = BatchMaker(build_tokenizer())
     rng = np.random.default_rng(0)
@@ -197,7 +237,7 @@ def test_a_captions_words_for_objects_know_which_picture_shows_them():
     context = Context(caption=Caption((red, red, blue)))
     text = "two red circles and a blue square"
     example = Example(text, context, scenes, choose_criteria(rng, scenes, context, "train", 4, {}))
-    trees = [maker.pair_tree(example, 0), maker.writing_tree(rng, example, 0, "train")]
+    trees = [maker.pair_tree(example, 0), maker.writing_tree(rng, example, 0)]
     single = single_picture(example, 1)
     asked = [("presence", text, True, (), ()) for text in ("A star is visible.", "It is sharp.")]
     trees.append(maker.point_tree("t2i", text, asked, 0, (), single))
