@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -90,9 +91,15 @@ def test_the_ratio_is_one_after_resume(tmp_path):
 
 
 def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """Below the ephemeral ports: a rank that waits for an ephemeral one may connect to itself."""
+    for port in random.sample(range(15_000, 30_000), 100):
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port")
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
