@@ -23,28 +23,22 @@ logger = logging.getLogger("arr_fast")
 # 8 samples of 512 px FLUX latents. Smaller passes run in the caches, where a graph would have to
 # run tens of thousands of times to earn its compilation.
 FUSED_ELEMENTS = 8 * 1024 * 64
-# From latents, scalars as one table [n, B], and constants [n].
-Formula = Callable[[list[Tensor], Tensor | None, Tensor | None], Any]
+# From latents, scalars as one table [n, B] or None, and constants [n] where there are some.
+Formula = Callable[..., Any]
 
 
-def error_square_sums(
-    latents: list[Tensor], scalars: Tensor | None, constants: Tensor | None = None
-) -> Tensor:
+def error_square_sums(latents: list[Tensor], scalars: Tensor | None) -> Tensor:
     """[B] sums of (x' - x_scale x - v_scale v)^2, from (v, x, x') and (x_scale, v_scale)."""
     assert scalars is not None
     return _error(latents, scalars).square().sum(1)
 
 
-def gap_square_sums(
-    latents: list[Tensor], scalars: Tensor | None, constants: Tensor | None = None
-) -> Tensor:
-    """[B] sums of (v - other)^2, from (v, other)."""
-    return (latents[0].float() - latents[1].float()).square().sum(1)
+def gap_square_sums(v: Tensor, other: Tensor) -> Tensor:
+    """[B] sums of (v - other)^2, for formulas that are made of it."""
+    return (v.float() - other.float()).square().sum(1)
 
 
-def velocity_gradient(
-    latents: list[Tensor], scalars: Tensor | None, constants: Tensor | None = None
-) -> Tensor:
+def velocity_gradient(latents: list[Tensor], scalars: Tensor | None) -> Tensor:
     """[B, E] dv, from (v, x, x', others) and (x_scale, v_scale, error_scale, a scale each)."""
     assert scalars is not None
     v = latents[0].float()
@@ -90,7 +84,8 @@ def run_fused(
                 flat = [tensor.detach().flatten(1) for tensor in latents]
                 # One table, never a view: guards look at the base of a view as well.
                 table = _static_rows(torch.stack(scalars)) if scalars else None
-                return _compiled(formula)(flat, table, _as_tensor(constants) if constants else None)
+                more = (_as_tensor(constants),) if constants else ()
+                return _compiled(formula)(flat, table, *more)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             said = str(error).split("\n\n")[0]
             reason = f"torch.compile failed: {' '.join(said.split()) or repr(error)}"

@@ -268,10 +268,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.impl = impl
 
 
-def _backward(ctx: Any, grad_loss: Tensor, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_loss: Tensor, grad_stats: Tensor, run: Any = rpo_loss_backward_op
+) -> tuple[Tensor | None, ...]:
     # A mean over the batch hands back an expanded scalar; the kernel reads one number per sample.
-    grad_v = rpo_loss_backward_op(grad_loss.contiguous(), *ctx.saved_tensors, ctx.impl)
-    return grad_v, *[None] * 16
+    return run(grad_loss.contiguous(), *ctx.saved_tensors, ctx.impl), *[None] * 16
 
 
 rpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -293,9 +294,7 @@ class _RPOLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
-        saved: tuple[Any, ...] = (*ctx.saved_tensors, ctx.impl)
-        grad_v = _rpo_loss_backward(grad_loss.contiguous(), *saved)
-        return grad_v, *[None] * 16
+        return _backward(ctx, grad_loss, grad_stats, _rpo_loss_backward)
 
 
 def _is_plain(tensor: Tensor) -> bool:

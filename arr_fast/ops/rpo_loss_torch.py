@@ -70,9 +70,9 @@ def _fused(kl: str, normalised: bool, has_ref: bool, has_old: bool) -> latent_fu
             of_ref = latent_fused.error_square_sums([others[0], x, x_next], table)
             sums["v_ref"] = of_ref.double()
         elif has_ref:
-            sums["v_ref"] = latent_fused.gap_square_sums([v, others[0]], None).double()
+            sums["v_ref"] = latent_fused.gap_square_sums(v, others[0]).double()
         if has_old:
-            sums["v_old"] = latent_fused.gap_square_sums([v, others[-1]], None).double()
+            sums["v_old"] = latent_fused.gap_square_sums(v, others[-1]).double()
         clip, beta = (constants[0], constants[1]), constants[2]
         numbers = table[1:].double()
         loss, stats = _finalise(sums, v.shape[1], numbers, clip, beta, kl, normalised)

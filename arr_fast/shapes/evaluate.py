@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from arr_fast.judge import Judge
-from arr_fast.prompts import Task
 from arr_fast.rubric import Criterion, Rubric
 from arr_fast.shapes import easy_vqa
 from arr_fast.shapes.pairs import KIND_WEIGHTS, Example, sample_edit_pair, sample_pair
@@ -87,7 +86,7 @@ def rubric_of(example: Example) -> Rubric:
     criteria = tuple(
         Criterion(id=f"{number}-{c.kind}", text=c.text) for number, c in enumerate(example.criteria)
     )
-    task: Task = "t2i" if example.source is None else "edit"
+    task = example.task
     return Rubric(name="held-out", task=task, criteria=criteria)
 
 

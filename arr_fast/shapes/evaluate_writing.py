@@ -21,7 +21,6 @@ import numpy as np
 from arr_fast.autorubric.answers import AnswerError, parse_criteria
 from arr_fast.autorubric.text_backend import TextReply, TextRequest, TextResult
 from arr_fast.images import CanonicalImage, to_image
-from arr_fast.prompts import Task
 from arr_fast.shapes.captions import describe
 from arr_fast.shapes.claims import EDIT_KINDS, Claim, Context
 from arr_fast.shapes.criterion_parser import parse_criterion
@@ -120,7 +119,7 @@ def writing_tasks(count: int, *, seed: int, limit: int = 5) -> list[WritingTask]
 
 
 def _pair_task(example: Example, preferred: int, general: bool, limit: int) -> WritingTask:
-    task: Task = "t2i" if example.source is None else "edit"
+    task = example.task
     parts = pair_prompt(task, example.caption, preferred, general=general)
     scenes = example.scenes if example.source is None else (example.source, *example.scenes)
     images = tuple(_image(scene) for scene in scenes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from arr_fast.prompts import Task
 from arr_fast.shapes.captions import RELATIONS, Edit, describe, sample_edit
 from arr_fast.shapes.claims import Claim, Context
 from arr_fast.shapes.evidence import evidence, wanted
@@ -79,6 +80,11 @@ class Example:
     def source(self) -> Scene | None:
         """The source picture of an edit."""
         return self.context.source
+
+    @property
+    def task(self) -> Task:
+        """Whether a caption or an instruction asks for its pictures."""
+        return "t2i" if self.source is None else "edit"
 
 
 def _pick(rng: np.random.Generator, scene: Scene) -> int | None:

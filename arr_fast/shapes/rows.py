@@ -81,7 +81,7 @@ def describe_picture(scene: Scene) -> str:
     if scene.is_static:
         return " noise"
     parts = [f" {NUMBERS[len(scene.objects)]}"]
-    for obj in sorted(scene.objects, key=lambda o: (int(o.y * 3), o.x)):
+    for obj in scene.in_reading_order():
         row, column = THIRDS[0][min(int(obj.y * 3), 2)], THIRDS[1][min(int(obj.x * 3), 2)]
         parts.append(f" {obj.size} {obj.colour} {obj.shape} {row} {column}")
     state = f" {scene.background} background"
@@ -132,7 +132,7 @@ class BatchMaker:
             first_picture: Index of its first picture within the batch.
             together: Indices of criteria that are also asked as one rubric; who meets more wins.
         """
-        task: prompts.Task = "t2i" if example.source is None else "edit"
+        task = example.task
         parts = prompts.pair_parts(task, example.caption)
         count = 2 if task == "t2i" else 3
         paths: list[Path] = []
@@ -183,7 +183,7 @@ class BatchMaker:
     ) -> Tree | None:
         """A pair under which general and specific criteria are written for either preference; None
         where no criterion holds on either picture."""
-        task: prompts.Task = "t2i" if example.source is None else "edit"
+        task = example.task
         count = 2 if task == "t2i" else 3
         paths: list[Path] = []
         answers: list[int] = []

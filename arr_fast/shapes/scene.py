@@ -110,6 +110,10 @@ class Scene:
             self.blur > 0 and any(o.size == "small" for o in self.objects)
         )
 
+    def in_reading_order(self) -> list[SceneObject]:
+        """Objects by thirds from top to bottom, from left to right within each."""
+        return sorted(self.objects, key=lambda o: (int(o.y * 3), o.x))
+
     def kinds(self) -> Counter[tuple[str, str]]:
         """How often each (colour, shape) occurs."""
         return Counter(o.kind for o in self.objects)

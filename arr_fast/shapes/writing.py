@@ -116,7 +116,7 @@ def aspect_truths(example: Example) -> np.ndarray:
         float32 [aspects of its task, 2]: whether each holds on Image 1 and on Image 2; nan where
         that is ambiguous.
     """
-    task = _task(example)
+    task = example.task
     truths = np.full((len(ASPECTS[task]), 2), np.nan, np.float32)
     for row, kind in enumerate(ASPECTS[task]):
         for column, scene in enumerate(example.scenes):
@@ -147,7 +147,7 @@ def pair_criteria(
     context = example.context
     scene, rival = example.scenes[preferred], example.scenes[1 - preferred]
     if general:
-        claims = [Claim(kind) for kind in GENERAL_KINDS if kind in ASPECTS[_task(example)]]
+        claims = [Claim(kind) for kind in GENERAL_KINDS if kind in ASPECTS[example.task]]
         others = claims
     else:
         claims = _shown(scene)
@@ -170,7 +170,7 @@ def pair_criteria(
 
 def _shown(scene: Scene) -> list[Claim]:
     """What a picture shows: objects from top to bottom, their number, the background, sizes."""
-    objects = sorted(scene.objects, key=lambda o: (int(o.y * 3), o.x))
+    objects = scene.in_reading_order()
     claims = [Claim("presence", kind) for kind in dict.fromkeys(o.kind for o in objects)]
     if objects:
         claims.append(Claim("count", value=str(len(objects))))
@@ -178,7 +178,3 @@ def _shown(scene: Scene) -> list[Claim]:
     counts = scene.kinds()
     claims += [Claim("size", o.kind, value=o.size) for o in objects if counts[o.kind] == 1]
     return claims
-
-
-def _task(example: Example) -> Task:
-    return "t2i" if example.source is None else "edit"

@@ -163,7 +163,7 @@ def test_aspects_say_what_the_answers_are_made_of():
     decided = 0
     for row, ids in enumerate(batch.ids.tolist()):
         text = maker.tokenizer.decode(ids)
-        prompt, *branches = text.split("Preferred: Image ")
+        prompt = text.split("Preferred: Image ")[0]
         if "Check " not in prompt:
             continue
         task = "edit" if "Check done" in prompt else "t2i"
