@@ -14,8 +14,8 @@ search. Seven helpers make them learnable, and none is kept in the checkpoint:
 - linear probes that read from the token before the label, at half depth and at the end, whether
   each picture meets the criterion;
 - facts: two layers before the end a caption's word for an object holds whether either picture shows
-  that object, and a word for an aspect, where criteria are to be written, whether either picture is
-  right in it;
+  that object, and a word for an aspect, where criteria are to be written, whether the preferred
+  picture and the other are right in it;
 - owners: from the second layer on, image tokens hold the word that their picture goes by, "1", "2"
   or "Source". The winner's number is what a verdict has to say.
 """
@@ -74,7 +74,7 @@ class TruthProbes(nn.Module):
         super().__init__()
         self.middle = nn.Linear(hidden, 2)
         self.end = nn.Linear(hidden, 2)
-        self.fact = nn.Linear(hidden, 2)
+        self.fact = nn.Linear(hidden, 4)
 
     def loss(self, half_VD: Tensor, end_VD: Tensor, truths_V2: Tensor) -> Tensor:
         """Mean binary cross-entropy over the known truths."""
@@ -87,13 +87,13 @@ class TruthProbes(nn.Module):
         ]
         return (losses[0] + losses[1]) / max(1, len(wanted))
 
-    def fact_loss(self, states_FD: Tensor, truths_F2: Tensor) -> Tensor:
+    def fact_loss(self, states_FD: Tensor, truths_F4: Tensor) -> Tensor:
         """Mean binary cross-entropy over the known truths; 0 where there is none."""
-        known = ~truths_F2.isnan()
+        known = ~truths_F4.isnan()
         if not known.any():
             return states_FD.new_zeros(())
         logits = self.fact(F.rms_norm(states_FD, states_FD.shape[-1:]))
-        return F.binary_cross_entropy_with_logits(logits[known], truths_F2[known])
+        return F.binary_cross_entropy_with_logits(logits[known], truths_F4[known])
 
 
 class JudgeLoss:

@@ -22,8 +22,8 @@ from arr_fast.shapes.model import IMAGE_TOKENS
 
 IMAGE_SIDE_TOKENS = 4
 
-# Place, truth on the first picture, truth on the second.
-Fact = tuple[int, float, float]
+# Place; truth on the first picture and the second, on the preferred one and the other.
+Fact = tuple[int, tuple[float, float, float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,8 @@ class Tree:
         pictures: Global indices of the tree's pictures within the batch.
         pairwise: Whether its verdicts compare two pictures.
         cells: For each of the last pictures its cells' indices into CELL_WORDS; may be empty.
-        facts: (place in the prefix, truth on the first judged picture, on the second) of words at
-            which that is to be known; 0, 1 or nan.
+        facts: Words of the prefix at which a truth is to be known; 0, 1 or nan.
+        branch_facts: The same for every path, of words after the prefix; may be empty.
     """
 
     paths: tuple[Path, ...]
@@ -84,6 +84,7 @@ class Tree:
     pairwise: bool
     cells: tuple[np.ndarray, ...] = ()
     facts: tuple[Fact, ...] = ()
+    branch_facts: tuple[tuple[Fact, ...], ...] = ()
 
 
 def path_of(runs: Sequence[TokenRun], answer: Sequence[int] = ()) -> Path:
@@ -147,7 +148,8 @@ class PackedBatch:
         answer_at: int64 [A, 2] (row, token) whose next token is predicted.
         answer_ids: int64 [A].
         fact_at: int64 [F, 2] (row, token) of words about which the truth on the pictures is known.
-        facts: float32 [F, 2]; whether it holds on the first picture and on the second.
+        facts: float32 [F, 4]; whether it holds on the first picture and on the second, or on the
+            preferred one and the other; nan where it is not to be known.
     """
 
     ids: Tensor
@@ -181,7 +183,7 @@ class RowPacker:
     _answer_at: list[tuple[int, int]] = field(default_factory=list)
     _answer_ids: list[int] = field(default_factory=list)
     _fact_at: list[tuple[int, int]] = field(default_factory=list)
-    _facts: list[tuple[float, float]] = field(default_factory=list)
+    _facts: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def new_row(self) -> None:
         """Starts the next row."""
@@ -203,9 +205,7 @@ class RowPacker:
         """Adds a tree to the current row and returns how many of its branches fitted."""
         prefix = self._write(tree, tree.paths[0], 0, tree.prefix)
         self.spans.append((0, None, prefix))
-        for place, first, second in tree.facts:
-            self._fact_at.append(divmod(prefix.start + place, self.length))
-            self._facts.append((first, second))
+        self._add_facts(tree.facts, prefix.start)
         fitted = 0
         for number, path in enumerate(tree.paths):
             if len(path.ids) - tree.prefix > self.free:
@@ -222,7 +222,14 @@ class RowPacker:
             for k in range(len(path.ids) - tree.answers[number], len(path.ids)):
                 self._answer_at.append((row, start + k - 1))
                 self._answer_ids.append(int(path.ids[k]))
+            if tree.branch_facts:
+                self._add_facts(tree.branch_facts[number], row * self.length + start)
         return fitted
+
+    def _add_facts(self, facts: Sequence[Fact], start: int) -> None:
+        for place, truths in facts:
+            self._fact_at.append(divmod(start + place, self.length))
+            self._facts.append(truths)
 
     def _write(self, tree: Tree, path: Path, begin: int, end: int) -> Span:
         if end - begin > self.free:
@@ -267,5 +274,5 @@ class RowPacker:
             answer_at=torch.tensor(self._answer_at, dtype=torch.int64).view(-1, 2),
             answer_ids=torch.tensor(self._answer_ids, dtype=torch.int64),
             fact_at=torch.tensor(self._fact_at, dtype=torch.int64).view(-1, 2),
-            facts=torch.tensor(self._facts, dtype=torch.float32).view(-1, 2),
+            facts=torch.tensor(self._facts, dtype=torch.float32).view(-1, 4),
         )

@@ -45,6 +45,8 @@ from arr_fast.shapes.scene import COLOURS, SHAPES, Scene, Split
 HOLISTIC_SHARE = 0.4
 REJECTED_SHARE = 0.3
 WRITTEN_ABOUT = {"edit": 0.3, "pair": 0.3, "faulty": 0.4}
+# The two truths of a fact that a word is not asked for.
+UNASKED = (float("nan"), float("nan"))
 THIRDS = ("top", "middle", "bottom"), ("left", "center", "right")
 ROW_TOKENS = 352
 READING_TOKENS = 120
@@ -187,6 +189,8 @@ class BatchMaker:
         count = 2 if task == "t2i" else 3
         paths: list[Path] = []
         answers: list[int] = []
+        facts: list[list[Fact]] = []
+        look = self._encode(writing.aspects_line(task))[:-1]
         for general in (True, False):
             for preferred in rng.permutation(2).tolist():
                 written, failing = writing.pair_criteria(rng, example, preferred, general)
@@ -199,21 +203,33 @@ class BatchMaker:
                 ids = self._encode(writing.answer(written))
                 paths.append(encode_path(self.encoder, asked, count, ids))
                 answers.append(len(ids))
+                facts.append([])
+                if general:
+                    # A word and a comma each, after "Check".
+                    start = _last_place(paths[-1].ids[: -len(ids)], look) + 1
+                    truths = writing.aspect_truths(example, preferred).tolist()
+                    facts[-1] += [
+                        (start + 2 * row, (*UNASKED, *known)) for row, known in enumerate(truths)
+                    ]
         if not paths:
             return None
         order = rng.permutation(len(paths)).tolist()
         paths, answers = [paths[i] for i in order], [answers[i] for i in order]
+        facts = [facts[i] for i in order]
         pictures = tuple(range(first_picture, first_picture + count))
         prefix = shared_prefix(paths) if len(paths) > 1 else len(paths[0].ids) - answers[0] - 1
-        words = self._encode(f"Check {', '.join(writing.ASPECTS[task].values())}.")[:-1]
-        start = _last_place(paths[0].ids[:prefix], words) + 1
-        truths = writing.aspect_truths(example).tolist()
-        # A word and a comma each, after "Check".
-        facts = [(start + 2 * i, a, b) for i, (a, b) in enumerate(truths)]
-        facts += self._named(paths[0].ids[:prefix], example.scenes, example.context)
-        nothing = (None,) * len(paths)
         return Tree(
-            tuple(paths), prefix, nothing, tuple(answers), pictures, True, facts=tuple(facts)
+            tuple(paths),
+            prefix,
+            (None,) * len(paths),
+            tuple(answers),
+            pictures,
+            True,
+            facts=(
+                *self._named(paths[0].ids[:prefix], example.scenes, example.context),
+                *(fact for fact in facts[0] if fact[0] < prefix),
+            ),
+            branch_facts=tuple(tuple(f for f in each if f[0] >= prefix) for each in facts),
         )
 
     def _named(
@@ -233,7 +249,8 @@ class BatchMaker:
             count = number if is_plural else 1
             truths = [shows(scene, (before[2], shape), count, context) for scene in scenes]
             known = [float("nan") if truth is None else float(truth) for truth in truths]
-            found.append((place, known[0], known[1] if len(known) > 1 else float("nan")))
+            second = known[1] if len(known) > 1 else float("nan")
+            found.append((place, (known[0], second, *UNASKED)))
         return tuple(found)
 
     def caption_tree(self, example: Example) -> Tree:

@@ -34,8 +34,8 @@ GENERAL_KINDS = (
     "occlusion",
     "cut_off",
 )
-# What a writer is told to look at, a word for each general kind of a task. The bundled judge finds
-# out at these words what holds on which picture, before it writes.
+# What a writer of general criteria is told to look at, a word for each kind of a task. The bundled
+# judge finds out at these words what holds on the preferred picture and on the other.
 ASPECTS: dict[Task, dict[str, str]] = {
     "t2i": {
         "caption_objects": "objects",
@@ -82,9 +82,14 @@ def pair_prompt(
     avoided = "".join(f"\n{i}. {text}" for i, text in enumerate(rejected, 1))
     before = f"\nNot these:{avoided}" if rejected else ""
     kind = "general" if general else "specific"
-    aspects = ", ".join(ASPECTS[task].values())
-    tail = f"\nCheck {aspects}.\nPreferred: Image {preferred}{before}\nWrite {kind} criteria."
+    look = f"\n{aspects_line(task)}" if general else ""
+    tail = f"\nPreferred: Image {preferred}{look}{before}\nWrite {kind} criteria."
     return [*pair_parts(task, caption), tail]
+
+
+def aspects_line(task: Task) -> str:
+    """What general criteria of a task can be about, as a writer is told."""
+    return f"Check {', '.join(ASPECTS[task].values())}."
 
 
 def answer(texts: Sequence[str]) -> str:
@@ -109,17 +114,22 @@ def caption_criteria(caption: Caption) -> tuple[str, ...]:
     return tuple(plain_wording(claim) for claim in claims[:MOST])
 
 
-def aspect_truths(example: Example) -> np.ndarray:
-    """What is to be known before criteria are written about a pair.
+def aspect_truths(example: Example, preferred: int) -> np.ndarray:
+    """What is to be known before general criteria are written about a pair.
+
+    Args:
+        example: A pair.
+        preferred: 0 or 1, the index of the preferred picture.
 
     Returns:
-        float32 [aspects of its task, 2]: whether each holds on Image 1 and on Image 2; nan where
-        that is ambiguous.
+        float32 [aspects of its task, 2]: whether each holds on the preferred picture and on the
+        other; nan where that is ambiguous.
     """
     task = example.task
     truths = np.full((len(ASPECTS[task]), 2), np.nan, np.float32)
     for row, kind in enumerate(ASPECTS[task]):
-        for column, scene in enumerate(example.scenes):
+        scenes = example.scenes[preferred], example.scenes[1 - preferred]
+        for column, scene in enumerate(scenes):
             truth = Claim(kind).truth(scene, example.context)
             if truth is not None:
                 truths[row, column] = truth

@@ -126,7 +126,7 @@ def general_writer(world: World, seed: int = 0) -> Callable[[TextRequest], str]:
         text = "".join(part for part in request.parts if isinstance(part, str))
         is_edit = len(request.images) == 3
         head = "Instruction: " if is_edit else "Caption: "
-        caption = text.split(head)[1].split("\nCheck ")[0]
+        caption = text.split(head)[1].split("\nPreferred: ")[0]
         winner = int(text.split("Preferred: Image ")[1][0]) - 1
         shown = request.images[-2:]
         a, b = shown[winner], shown[1 - winner]

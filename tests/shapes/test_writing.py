@@ -153,34 +153,33 @@ def test_a_pair_about_which_nothing_can_be_written_is_skipped(monkeypatch):
 
 @torch.no_grad()
 def test_aspects_say_what_the_answers_are_made_of():
-    """Read back from the packed tokens: the words after "Check" know what holds on either picture;
-    general criteria that follow hold on the preferred one, and fail on the other where any does."""
+    """Read back from the packed tokens: the words after "Check" know what holds on the preferred
+    picture and on the other; general criteria that follow hold on the preferred one, and fail on
+    the other where any does."""
     maker = BatchMaker(build_tokenizer())
     batch, _ = maker.batch(np.random.default_rng(1), 12, "train", {"write": 1.0})
     facts = {
         tuple(at): f for at, f in zip(batch.fact_at.tolist(), batch.facts.tolist(), strict=True)
     }
+    check = maker.tokenizer.convert_tokens_to_ids("Check")
     decided = 0
     for row, ids in enumerate(batch.ids.tolist()):
         text = maker.tokenizer.decode(ids)
-        prompt = text.split("Preferred: Image ")[0]
-        if "Check " not in prompt:
-            continue
-        task = "edit" if "Check done" in prompt else "t2i"
-        assert prompt.endswith(f"Check {', '.join(ASPECTS[task].values())}.\n")
-        start = len(maker.tokenizer(prompt[: prompt.index("Check ")]).input_ids) + 1
-        truths = [facts.pop((row, start + 2 * i)) for i in range(len(ASPECTS[task]))]
-        known = dict(zip(ASPECTS[task], truths, strict=True))
-        # Branches that share more than the prompt go on where they part: "1", "2", "...".
         branches = re.findall(
-            r"([12])\n(?:Not these:\n(?:\d\. [^\n]*\n)+)?Write general [^\n]*\n[^\n]*\n(.*?)<", text
+            r"Check ([^.]*)\.\n(?:Not these:\n(?:\d\. [^\n]*\n)+)?Write general [^\n]*\n[^\n]*\n(.*?)<",
+            text,
         )
-        for preferred, written in branches:
-            own, other = (0, 1) if preferred == "1" else (1, 0)
+        starts = [at + 1 for at, token in enumerate(ids) if token == check]
+        for start, (words, written) in zip(starts, branches, strict=True):
+            task = "edit" if words.startswith("done") else "t2i"
+            assert words == ", ".join(ASPECTS[task].values())
+            truths = [facts.pop((row, start + 2 * i)) for i in range(len(ASPECTS[task]))]
+            assert np.isnan([truth[:2] for truth in truths]).all()
+            known = {kind: truth[2:] for kind, truth in zip(ASPECTS[task], truths, strict=True)}
             kinds = [parse_criterion(each).kind for each in json.loads(written)["criteria"]]
-            assert all(known[kind][own] == 1 for kind in kinds)
-            if any(truth[own] == 1 and truth[other] == 0 for truth in truths):
-                assert all(known[kind][other] == 0 for kind in kinds)
+            assert all(known[kind][0] == 1 for kind in kinds)
+            if [1, 0] in known.values():
+                assert all(known[kind][1] == 0 for kind in kinds)
                 decided += 1
     assert decided >= 8
     # What is left are the captions' own objects.
@@ -242,18 +241,21 @@ def test_a_captions_words_for_objects_know_which_picture_shows_them():
     asked = [("presence", text, True, (), ()) for text in ("A star is visible.", "It is sharp.")]
     trees.append(maker.point_tree("t2i", text, asked, 0, (), single))
     for number, tree in enumerate(trees):
-        words = [maker.tokenizer.decode([tree.paths[0].ids[at]]) for at, _, _ in tree.facts]
-        truths = [known for _, *known in tree.facts]
-        assert words[-2:] == [" circles", " square"]
+        words = [maker.tokenizer.decode([tree.paths[0].ids[at]]) for at, _ in tree.facts]
+        assert words == [" circles", " square"]
         expected = [[1, 0], [1, 1]] if number < 2 else [[0, np.nan], [1, np.nan]]
-        np.testing.assert_array_equal(truths[-2:], expected)
-        assert len(words) == (2 if number != 1 else 2 + len(ASPECTS["t2i"]))
+        truths = np.array([known for _, known in tree.facts])
+        np.testing.assert_array_equal(truths[:, :2], expected)
+        assert np.isnan(truths[:, 2:]).all()
 
 
 def test_the_loss_of_facts_is_their_cross_entropy():
     probes = TruthProbes(192)
     states = torch.randn(5, 192)
-    truths = torch.tensor([[1, 0], [0, float("nan")], [1, 1], [float("nan")] * 2, [0, 1.0]])
+    nan = float("nan")
+    truths = torch.tensor(
+        [[1, 0, nan, nan], [0, nan, nan, nan], [nan, nan, 1, 1], [nan] * 4, [nan, nan, 0, 1]]
+    )
     scaled = states / states.square().mean(1, keepdim=True).sqrt()
     p = torch.sigmoid(scaled @ probes.fact.weight.T + probes.fact.bias)
     likely = torch.where(truths == 1, p, 1 - p)[~truths.isnan()]
@@ -267,10 +269,13 @@ def test_what_is_known_before_writing_about_a_pair():
     pair = sample_pair(rng, "train", 0)
     clear = replace(pair.scenes[0], blur=0.0, noise=0.0, hidden=None)
     pair = replace(pair, scenes=(clear, replace(clear, blur=2.0)))
-    truths = dict(zip(ASPECTS["t2i"], writing.aspect_truths(pair).tolist(), strict=True))
-    assert truths["sharpness"] == [1, 0] and truths["noise"] == [1, 1] == truths["occlusion"]
+    for preferred, sharp in ((0, [1, 0]), (1, [0, 1])):
+        known = writing.aspect_truths(pair, preferred).tolist()
+        truths = dict(zip(ASPECTS["t2i"], known, strict=True))
+        assert truths["sharpness"] == sharp
+        assert truths["noise"] == [1, 1] == truths["occlusion"]
     edit = sample_edit_pair(rng, "train", 0)
     done = edit.context.edit.apply(edit.source)
-    truths = writing.aspect_truths(replace(edit, scenes=(done, edit.source)))
+    truths = writing.aspect_truths(replace(edit, scenes=(done, edit.source)), 0)
     assert truths[list(ASPECTS["edit"]).index("edit_done")].tolist() == [1, 0]
     assert {*ASPECTS["t2i"], *ASPECTS["edit"]} == set(GENERAL_KINDS)
