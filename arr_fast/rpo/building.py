@@ -16,7 +16,7 @@ from arr_fast.rpo.sde import Schedule, build_schedule
 
 
 def build_policy(config: RunConfig, device: torch.device | str) -> Policy:
-    """Loads the generator onto a device.
+    """Loads the generator onto a device, or into host memory where it is to be split.
 
     Raises:
         ArrFastError: It is missing or of another kind.
@@ -25,6 +25,7 @@ def build_policy(config: RunConfig, device: torch.device | str) -> Policy:
     from arr_fast.rpo.policies.diffusers_policy import LoraOptions
 
     section = config.policy
+    device = "cpu" if config.shard else device
     lora = None
     if section.lora is not None:
         lora = LoraOptions(section.lora.rank, section.lora.alpha, section.lora.targets)

@@ -328,6 +328,8 @@ class RunConfig(_Section):
         micro_batch: Trained (sample, step) rows per forward; None fills the memory budget.
         memory_budget_gb: For activations of one micro-batch, in GB.
         compile: torch.compile for rollout, training and reference.
+        shard: Split the networks over the processes of the run (FSDP2), for those that are too
+            large for one GPU; needs micro_batch. Blocks are then compiled one by one.
         trackers: Names known to accelerate: tensorboard, wandb, trackio.
         log_every: Iterations between two logs.
         max_ratio_drift: Largest |ratio - 1| before the first update, as a share of the clip.
@@ -343,6 +345,7 @@ class RunConfig(_Section):
     micro_batch: Count | None = None
     memory_budget_gb: Positive = 2.0
     compile: bool = True
+    shard: bool = False
     trackers: tuple[str, ...] = ("tensorboard",)
     log_every: Count = 1
     max_ratio_drift: Positive = 0.1
@@ -364,7 +367,17 @@ class RunConfig(_Section):
             raise ValueError("judges needs at least one that is not a veto")
         if self.loss.guard and self.rollout.recompute_log_probs:
             raise ValueError("loss.guard needs the rollout's own log_probs")
+        if self.shard and self.micro_batch is None:
+            raise ValueError(
+                "shard needs micro_batch: ranks that measured the memory budget "
+                "differently would wait for each other"
+            )
         return self
+
+    @property
+    def compiles_whole(self) -> bool:
+        """Whether a forward and what follows it are one graph: not where blocks are gathered."""
+        return self.compile and not self.shard
 
     def to_yaml(self) -> str:
         """The resolved configuration: `read_config` of it gives an equal one."""

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from arr_fast.rpo.sharding import split_like
+
 
 class ParameterEma:
     """Averages parameters in float32.
@@ -58,7 +60,7 @@ class ParameterEma:
         assert isinstance(means, dict) and isinstance(updates, int)
         self._updates = updates
         for name, mean in self._means.items():
-            mean.copy_(means[name])
+            mean.copy_(split_like(means[name], mean))
 
     @torch.no_grad()
     def _copy(self, values: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from arr_fast.errors import MissingDependencyError, TrainingError
 from arr_fast.rpo.config import RunConfig
+from arr_fast.rpo.sharding import is_split
 
 
 class Ranks:
@@ -22,7 +23,7 @@ class Ranks:
         count: How many there are.
 
     Raises:
-        TrainingError: A launch that shards the network; only data parallelism is supported.
+        TrainingError: A launch whose own plugin would split the network.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -32,8 +33,8 @@ class Ranks:
         kind = str(accelerator.distributed_type.value)
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise TrainingError(
-                f"launched with {kind}, but the trainer knows data parallelism only: every rank "
-                "holds the network (LoRA, gradient checkpointing and offload make room)"
+                f"launched with {kind}, but the trainer splits networks itself: launch plain "
+                "processes (--multi_gpu) and set shard: true in the configuration (FSDP2)"
             )
 
     def gathered(self, value: Any) -> list[Any]:
@@ -54,10 +55,11 @@ class Ranks:
         return dict(total)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Averages gradients in one flat float32 reduction; a missing one counts as zero."""
-        if self.count == 1:
+        """Averages gradients in one flat float32 reduction; a missing one counts as zero. Those of
+        split parameters are averages already."""
+        trained = [parameter for parameter in parameters if not is_split(parameter)]
+        if self.count == 1 or not trained:
             return
-        trained = list(parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         flat = torch.cat([grad.float().flatten() for grad in grads])
         flat = self._accelerator.reduce(flat, reduction="mean")
@@ -67,17 +69,20 @@ class Ranks:
 
     @torch.no_grad()
     def broadcast(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gives every rank rank 0's values."""
+        """Gives every rank rank 0's values; shares of split parameters come from one file."""
         if self.count == 1:
             return
         from accelerate.utils import broadcast
 
         for parameter in parameters:
+            if is_split(parameter):
+                continue
             parameter.copy_(broadcast(parameter.detach().clone()))
 
 
 def make_accelerator(config: RunConfig, device: torch.device) -> Accelerator:
-    """An Accelerator for the policy's device, with the configured trackers.
+    """An Accelerator for the policy's device, or the GPU that its share will go to, with the
+    configured trackers.
 
     Raises:
         MissingDependencyError: A tracker's package is missing.
@@ -89,7 +94,7 @@ def make_accelerator(config: RunConfig, device: torch.device) -> Accelerator:
         if name not in available:
             raise MissingDependencyError(name, "track")
     return Accelerator(
-        cpu=device.type == "cpu",
+        cpu=device.type == "cpu" and not (config.shard and torch.cuda.is_available()),
         log_with=list(config.trackers) or None,
         project_dir=str(config.output) if config.trackers else None,
     )

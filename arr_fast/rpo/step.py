@@ -19,6 +19,7 @@ from arr_fast.errors import ArrFastError
 from arr_fast.rpo.loss import Objective, RowStats, row_loss, stack_stats
 from arr_fast.rpo.packing import MicroBatch, PackedRows
 from arr_fast.rpo.policies.base import Conditions, Policy
+from arr_fast.rpo.sharding import own_share
 
 logger = logging.getLogger("arr_fast")
 
@@ -241,7 +242,8 @@ def gradients_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return True
-    norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+    # Every rank sees to its own share.
+    norms = torch.stack([torch.linalg.vector_norm(own_share(g)) for g in gradients])
     return bool(norms.isfinite().all())
 
 

@@ -46,6 +46,7 @@ from arr_fast.rpo.ranks import Ranks, make_accelerator
 from arr_fast.rpo.rollout import JudgedChunk, PromptBatch
 from arr_fast.rpo.run_log import RunLog
 from arr_fast.rpo.sampler import Sampler, hidden_share
+from arr_fast.rpo.sharding import is_split, shard, whole
 from arr_fast.rpo.step import graph_count
 from arr_fast.rpo.stopping import StopRequest
 from arr_fast.rpo.update import Updater
@@ -131,6 +132,8 @@ class Trainer:
                 f"processes = {share}"
             )
         self.iteration = 0
+        if config.shard:
+            shard(self.policy, self.accelerator.device, compile=config.compile)
         self.updater = Updater(config, self.policy, self.ranks)
         self.walk = PromptWalk(
             parts.prompts,
@@ -141,7 +144,11 @@ class Trainer:
         self.cache = ConditionsCache(self.policy, config.prompts.cache)
         self.schedule = build_schedule_of(config, self.policy)
         self.sampler = Sampler(
-            self.policy, self.schedule, build_sampling(config), parts.judges, compile=config.compile
+            self.policy,
+            self.schedule,
+            build_sampling(config),
+            parts.judges,
+            compile=config.compiles_whole,
         )
         self.specs = build_specs(config)
         self.evaluation = None
@@ -242,14 +249,18 @@ class Trainer:
     def save(self) -> Path | None:
         """Writes a checkpoint; on ranks other than 0 it only takes part."""
         states = self.ranks.gathered(rng_state())
-        path = None
-        if self.ranks.own == 0:
+        path, is_first = None, self.ranks.own == 0
+        state = whole(self._state(), keep=is_first)
+        weights = None
+        if any(map(is_split, self.updater.parameters.values())):
+            weights = whole(self.policy.networks()[0].state_dict(), keep=is_first)
+        if is_first:
             path = save_checkpoint(
                 self.config.output,
                 self.iteration,
-                {**self._state(), "rng": states},
+                {**state, "rng": states},
                 config_yaml=self.config.to_yaml(),
-                save_policy=self.policy.save,
+                save_policy=lambda folder: self.policy.save(folder, weights),
                 keep=self.config.checkpoint.keep,
             )
             logger.info("checkpoint %s", path)
@@ -359,15 +370,15 @@ class Trainer:
                 part.to(device)
 
     def _evaluate(self) -> dict[str, float]:
-        """Evaluates on rank 0; the others wait."""
+        """Evaluates on rank 0; the others wait, or hold their share of the network ready."""
         assert self.evaluation is not None
         numbers: dict[str, float] = {}
         self._awake(True)
-        if self.ranks.own == 0:
+        if self.ranks.own == 0 or self.config.shard:
             averaged = None if self.updater.ema is None else self.updater.ema.applied
             found = self.evaluation.run(self.policy, averaged)
             numbers = {f"held_out/{name}": value for name, value in found.items()}
-            if found.get("alarm"):
+            if found.get("alarm") and self.ranks.own == 0:
                 logger.warning(
                     "ALARM at iteration %d: over the last %d evaluations the reward rose while the "
                     "evaluator fell: the policy may be exploiting the judge",

@@ -24,6 +24,7 @@ from arr_fast.rpo.packing import PackedRows, count_rows
 from arr_fast.rpo.policies.base import Policy
 from arr_fast.rpo.ranks import Ranks
 from arr_fast.rpo.rollout import JudgedChunk, Trajectories
+from arr_fast.rpo.sharding import is_split, split_like
 from arr_fast.rpo.step import StepReport, TrainStep, check_on_policy
 
 logger = logging.getLogger("arr_fast")
@@ -66,7 +67,7 @@ class Updater:
             self.ema = ParameterEma(self.parameters, config.ema.decay, config.ema.every)
         self.elements = math.prod(policy.latent_shape)
         self.objective = build_objective(config, self.elements)
-        self._step = TrainStep(policy, self.objective, compile=config.compile)
+        self._step = TrainStep(policy, self.objective, compile=config.compiles_whole)
         self.version = 0
         self.skipped: Counter[str] = Counter()
         self._rows: int | None = config.micro_batch
@@ -117,6 +118,7 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(
             list(self.parameters.values()), self._config.optimiser.grad_clip
         )
+        norm = norm.full_tensor() if is_split(norm) else norm
         if not bool(torch.isfinite(norm)):
             return self._skip("a gradient is not finite")
         rate = float(self.optimiser.param_groups[0]["lr"])
@@ -195,10 +197,22 @@ class Updater:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes up a saved state."""
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimiser.load_state_dict(self._split_moments(state["optimiser"]))
         self.scheduler.load_state_dict(state["scheduler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.restore(state["ema"])
         self.version, self.skipped = state["version"], Counter(state["skipped"])
         # The budget may have been read on another machine; the shapes decide the last bits.
         self._rows = state["rows"]
+
+    def _split_moments(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's state with each moment split as its parameter is."""
+        moments = {
+            number: {
+                name: split_like(value, parameter) if torch.is_tensor(value) else value
+                for name, value in state["state"][number].items()
+            }
+            for number, parameter in enumerate(self.parameters.values())
+            if number in state["state"]
+        }
+        return {**state, "state": moments}

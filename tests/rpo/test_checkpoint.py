@@ -17,7 +17,10 @@ import torch
 from arr_fast.errors import CheckpointError, TrainingError
 from arr_fast.rpo import checkpoint as module
 from arr_fast.rpo.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from arr_fast.rpo.policies.diffusers_policy import LoraOptions
+from arr_fast.rpo.policies.shapes import ShapesPolicy
 from arr_fast.rpo.trainer import Trainer
+from tests.rpo.small_generator import save_small
 from tests.rpo.toy import bright_judge, toy_config, toy_parts
 from tests.rpo.toy_run import gradients
 
@@ -102,21 +105,23 @@ def free_port():
     raise OSError("no free port")
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    together = {
+def together(*arguments):
+    """Runs two ranks to their end."""
+    shared = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    ranks = [
-        start("gradients", tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **together)
-        for r in range(2)
-    ]
+    ranks = [start(*arguments, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
     for process in ranks:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    together("gradients", tmp_path / "two")
     gradients(tmp_path / "one")
     one = torch.load(tmp_path / "one" / "gradients-0.pt")
     two = [torch.load(tmp_path / "two" / f"gradients-{rank}.pt") for rank in range(2)]
@@ -195,3 +200,31 @@ def test_old_checkpoints_are_deleted(tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == [
         f"iteration-00000{n}" for n in (4, 5, 6)
     ]
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize("how", ["", pytest.param("-compiled", marks=pytest.mark.compile)])
+def test_a_split_network_trains_and_resumes_as_a_whole_one(tmp_path, trained, how):
+    """FSDP2 over two processes: the weights and their averages after two updates are those of one
+    process; what its checkpoint holds goes on to the bit, and loads into a policy of one."""
+    base = save_small(tmp_path / "base")
+    kind = trained + how
+    together("shapes", tmp_path, base, kind)
+    start("shapes", tmp_path, base, f"{trained}-whole").communicate(timeout=300)
+    alone = torch.load(tmp_path / f"{trained}-whole-0.pt")
+    split, other = (torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in range(2))
+    resumed = torch.load(tmp_path / f"{kind}-resumed-0.pt")
+    begun = ShapesPolicy.from_pretrained(base).transformer.state_dict()
+    for part, values in alone.items():
+        for name, value in values.items():
+            assert torch.equal(split[part][name], other[part][name]), name
+            assert torch.equal(split[part][name], resumed[part][name]), name
+            torch.testing.assert_close(split[part][name], value, rtol=0, atol=2e-6)
+            # A LoRA's second factor starts from zero.
+            old = begun[name] if trained == "full" else torch.zeros_like(value)
+            assert not torch.equal(value, old), name
+    lora = LoraOptions(rank=2) if trained == "lora" else None
+    policy = ShapesPolicy.from_pretrained(base, lora=lora)
+    policy.load(latest_checkpoint(tmp_path / kind).policy)
+    for name, parameter in policy.trainable_parameters().items():
+        assert torch.equal(parameter, split["trained"][name]), name

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from arr_fast.errors import ArrFastError, MissingDependencyError, TrainingError
+from arr_fast.errors import ArrFastError, ConfigError, MissingDependencyError, TrainingError
 from arr_fast.rpo.judging import Judgement
 from arr_fast.rpo.trainer import Trainer
 from tests.rpo.toy import (
@@ -223,8 +223,15 @@ def test_a_launch_that_shards_is_refused(tmp_path):
         process_index, num_processes = 0, 2
         distributed_type = type("T", (), {"value": "FSDP"})
 
-    with pytest.raises(TrainingError, match="launched with FSDP"):
+    with pytest.raises(TrainingError, match=r"launched with FSDP.*shard: true"):
         Trainer(toy_config(tmp_path), toy_parts(), Sharded())
+
+
+def test_splitting_needs_several_processes_and_a_micro_batch(tmp_path):
+    with pytest.raises(TrainingError, match="one only: start several with accelerate launch"):
+        Trainer(toy_config(tmp_path, shard=True), toy_parts())
+    with pytest.raises(ConfigError, match="shard needs micro_batch"):
+        toy_config(tmp_path, shard=True, micro_batch=None)
 
 
 def test_an_absent_tracker_names_its_extra(tmp_path):

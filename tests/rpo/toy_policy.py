@@ -87,7 +87,10 @@ class ToyPolicy:
     def frozen_parts(self) -> Mapping[str, nn.Module]:
         return {}
 
-    def save(self, directory: Path) -> None:
+    def networks(self) -> Sequence[nn.Module]:
+        return [self.module, self.frozen]
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         torch.save(self.module.state_dict(), directory / "toy.pt")
 
     def load(self, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 python -m tests.rpo.toy_run killed OUT N AT       kill -9 itself in the middle of iteration AT
 python -m tests.rpo.toy_run gradients OUT         one update; gradients go to OUT/gradients-RANK.pt
+python -m tests.rpo.toy_run shapes OUT BASE KIND  a run on a shapes generator, split over the ranks
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from pathlib import Path
 
 import torch
 
-from arr_fast.rpo.trainer import Trainer
+from arr_fast.rpo.checkpoint import list_checkpoints, load_checkpoint
+from arr_fast.rpo.policies.diffusers_policy import LoraOptions
+from arr_fast.rpo.policies.shapes import ShapesPolicy
+from arr_fast.rpo.prompts import Prompt, load_prompts
+from arr_fast.rpo.trainer import Parts, Trainer
 from tests.rpo.toy import bright_judge, toy_config, toy_parts
 
 
@@ -47,7 +52,63 @@ def gradients(out: Path) -> None:
     torch.save(kept, out / f"gradients-{trainer.ranks.own}.pt")
 
 
+def shapes(out: Path, base: str, kind: str) -> None:
+    """Two iterations on a small shapes generator with a checkpoint after each, and two more after
+    resuming from the first. The last weights go to OUT/KIND.pt, what the resumed run ends with to
+    OUT/KIND-resumed.pt.
+
+    Args:
+        out: Where runs and weights go.
+        base: Directory of the generator.
+        kind: "lora" or "full"; with "-whole" the network is not split, with "-compiled" it is
+            split and compiled block by block.
+    """
+    from arr_fast.rpo.sharding import is_split, whole
+
+    trained, *how = kind.split("-")
+    run_dir = out / kind
+    config = toy_config(
+        run_dir,
+        iterations=2,
+        shard="whole" not in how,
+        compile="compiled" in how,
+        checkpoint={"every": 1, "keep": 9},
+        policy={
+            "kind": "shapes",
+            "model": base,
+            "lora": {"rank": 2} if trained == "lora" else None,
+        },
+        optimiser={"lr": 1e-3},
+        loss={"beta": 0.1},
+        evaluation={"every": 2},
+    )
+
+    def trainer() -> Trainer:
+        lora = LoraOptions(rank=2) if trained == "lora" else None
+        torch.manual_seed(0)
+        policy = ShapesPolicy.from_pretrained(base, lora=lora)
+        toy = toy_parts()
+        held = [Prompt(0, "a red circle and a blue star on a white background")]
+        rows = load_prompts("builtin:shapes", count=20, seed=0)
+        return Trainer(config, Parts(policy, {"rubric": bright_judge}, rows, held, toy.evaluator))
+
+    def weights(run: Trainer) -> dict:
+        state = {n: p.detach() for n, p in run.updater.parameters.items()}
+        assert any(map(is_split, run.policy.networks()[0].parameters())) == config.shard
+        means = run.updater.state()["ema"]["means"]
+        return whole({"trained": state, "means": means}, keep=True)
+
+    straight = trainer()
+    straight.train()
+    torch.save(weights(straight), out / f"{kind}-{straight.ranks.own}.pt")
+    resumed = trainer()
+    resumed.resume(load_checkpoint(list_checkpoints(run_dir)[0]))
+    resumed.train()
+    torch.save(weights(resumed), out / f"{kind}-resumed-{resumed.ranks.own}.pt")
+
+
 if __name__ == "__main__":
-    what, where, *numbers = sys.argv[1:]
-    run = {"killed": killed, "gradients": gradients}[what]
-    run(Path(where), *map(int, numbers))
+    what, where, *rest = sys.argv[1:]
+    arguments = [int(each) if each.isdigit() else each for each in rest]
+    run = {"killed": killed, "gradients": gradients, "shapes": shapes}[what]
+    run(Path(where), *arguments)

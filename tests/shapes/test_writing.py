@@ -166,7 +166,8 @@ def test_aspects_say_what_the_answers_are_made_of():
     for row, ids in enumerate(batch.ids.tolist()):
         text = maker.tokenizer.decode(ids)
         branches = re.findall(
-            r"Check ([^.]*)\.\n(?:Not these:\n(?:\d\. [^\n]*\n)+)?Write general [^\n]*\n[^\n]*\n(.*?)<",
+            r"Check ([^.]*)\.\n(?:Not these:\n(?:\d\. [^\n]*\n)+)?"
+            r"Write general [^\n]*\n[^\n]*\n(.*?)<",
             text,
         )
         starts = [at + 1 for at, token in enumerate(ids) if token == check]

@@ -97,9 +97,18 @@ class Policy(Protocol):
         trains. `encode` and `decode` run where their parts are."""
         ...
 
-    def save(self, directory: Path) -> None:
+    def networks(self) -> Sequence[nn.Module]:
+        """The trained network and, where there is one, its frozen copy: what sharding splits."""
+        ...
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Writes what was trained in the format of the model's own library (LoRA weights or the
-        whole network)."""
+        whole network).
+
+        Args:
+            directory: Where to.
+            weights: The whole network's state, where the live one is split over ranks.
+        """
         ...
 
     def load(self, directory: Path) -> None:

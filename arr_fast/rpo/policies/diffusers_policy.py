@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from arr_fast.errors import ArrFastError, UnsupportedModelError
 from arr_fast.rpo.policies.base import Conditions
 from arr_fast.rpo.schedule import dynamic_shift
+from arr_fast.rpo.sharding import split_like
 
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _LORA_PREFIX = "transformer."
@@ -266,11 +267,15 @@ class DiffusersPolicy:
         sigmas: Tensor = scheduler.sigmas.double().cpu()
         return sigmas
 
-    def save(self, directory: Path) -> None:
+    def networks(self) -> Sequence[nn.Module]:
+        """The transformer and its frozen copy."""
+        return [n for n in (self.transformer, self._frozen_copy) if n is not None]
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Writes the adapter as diffusers' `load_lora_weights` reads it, or the whole transformer
         as `save_pretrained` does, into `directory/transformer`."""
         if self._lora is None:
-            self.transformer.save_pretrained(str(directory / "transformer"))
+            save_transformer(self.transformer, directory / "transformer", weights)
             return
         from peft.utils import get_peft_model_state_dict
 
@@ -357,6 +362,29 @@ class DiffusersPolicy:
         raise NotImplementedError
 
 
+def save_transformer(
+    transformer: Any, directory: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes a transformer as diffusers' `save_pretrained` does.
+
+    Args:
+        transformer: A diffusers model.
+        directory: Where to.
+        weights: Its state, where the live one is split over ranks.
+    """
+    if weights is None:
+        transformer.save_pretrained(str(directory))
+        return
+    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+    from huggingface_hub import save_torch_state_dict
+
+    transformer.save_config(str(directory))
+    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    save_torch_state_dict(
+        dict(weights), str(directory), filename_pattern=pattern, max_shard_size="10GB"
+    )
+
+
 def restore_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: Path) -> None:
     """Copies saved weights into a policy's own.
 
@@ -376,4 +404,4 @@ def restore_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], sour
         )
     with torch.no_grad():
         for name, tensor in saved.items():
-            own[name].copy_(tensor)
+            own[name].copy_(split_like(tensor, own[name]))

@@ -17,7 +17,7 @@ from arr_fast.rpo.policies.base import Conditions
 from arr_fast.rpo.policies.diffusers_policy import LoraOptions, restore_weights
 from arr_fast.rpo.schedule import shifted_sigmas
 from arr_fast.shapes import generator_directory
-from arr_fast.shapes.generator import SHIFT, ShapesGenerator, word_ids
+from arr_fast.shapes.generator import SHIFT, TRANSFORMER_CONFIG, ShapesGenerator, word_ids
 from arr_fast.shapes.latents import CHANNELS, TOKENS, PatchCode
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out")
@@ -153,12 +153,22 @@ class ShapesPolicy:
         """The word embeddings."""
         return {"words": self.generator.words}
 
-    def save(self, directory: Path) -> None:
+    def networks(self) -> Sequence[nn.Module]:
+        """The transformer and its frozen copy."""
+        return [n for n in (self.transformer, self._frozen_copy) if n is not None]
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Writes the adapter in peft's format, or the transformer in diffusers'."""
         if self._lora is not None:
             self.transformer.save_lora_adapter(str(directory))
             return
-        self.generator.save(directory, self.code)
+        generator = self.generator
+        if weights is not None:
+            sizes = {name: self.transformer.config[name] for name in TRANSFORMER_CONFIG}
+            generator = ShapesGenerator(generator.task, sizes=sizes)
+            generator.transformer.load_state_dict(weights)
+            generator.words.load_state_dict(self.generator.words.state_dict())
+        generator.save(directory, self.code)
 
     def load(self, directory: Path) -> None:
         """Reads what `save` wrote, in place.
