@@ -1,6 +1,6 @@
 """The bundled generator: a small FLUX transformer over PCA latents, told captions word by word.
 
-Shapes: B items, 64 image tokens of 48 channels, L = 20 words of width 64. Text is position-coded by
+Shapes: B items, 64 image tokens of 48 channels, L = 16 words of width 64. Text is position-coded by
 the first rotary axis, on which image tokens are 0; a source picture sits at 1 on that axis (as FLUX
 Kontext places it), far from every word.
 """
@@ -24,7 +24,7 @@ from arr_fast.shapes.generator_data import GeneratorTask
 from arr_fast.shapes.latents import CHANNELS, GRID, TOKENS, PatchCode
 from arr_fast.shapes.scene import BACKGROUNDS, COLOURS, RADII, SHAPES
 
-WORDS = 20
+WORDS = 16
 WORD_WIDTH = 64
 FIRST_WORD_POSITION = 8
 GRAMMAR_WORDS = """

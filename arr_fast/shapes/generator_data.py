@@ -16,14 +16,17 @@ import numpy as np
 from PIL import Image
 
 from arr_fast.shapes.captions import PLURALS, Caption, Edit, article, name
+from arr_fast.shapes.latents import GRID
 from arr_fast.shapes.render import render
 from arr_fast.shapes.scene import (
     COLOURS,
+    RADII,
     SHAPES,
     Scene,
+    SceneObject,
+    Size,
     Split,
     allowed_kinds,
-    make_object,
     sample_background,
     with_object,
 )
@@ -31,6 +34,8 @@ from arr_fast.shapes.scene import (
 GeneratorTask = Literal["t2i", "edit"]
 Kind = tuple[str, str]
 OBJECTS = 2
+# Free space around an object, as a fraction of the side.
+MARGIN = 0.01
 WRONG_SHARE = 0.25
 # One pair of kinds in so many is held out: no training caption names it.
 HELD_OUT_EVERY = 8
@@ -70,16 +75,25 @@ def _kinds(rng: np.random.Generator, split: Split) -> tuple[Kind, ...]:
 
 
 def scene_of(rng: np.random.Generator, kinds: tuple[Kind, ...], background: str) -> Scene:
-    """A scene of these objects at free places, of sizes drawn at random."""
+    """A scene of these objects at free corners of the latents' grid, of sizes drawn at random.
+
+    On corners a shape is one of few patterns of tokens: what a small generator has to learn is
+    which objects to draw, and not to draw them at any fraction of a pixel.
+    """
     while True:
-        scene = Scene((), background)
-        for kind in kinds:
-            made = make_object(rng, kind, scene.objects)
-            if made is None:
+        objects: tuple[SceneObject, ...] = ()
+        for colour, shape in kinds:
+            size: Size = "large" if rng.random() < 0.5 else "small"
+            radius = RADII[size]
+            x, y = rng.integers(1, GRID, 2) / GRID
+            is_inside = all(radius + MARGIN <= c <= 1 - radius - MARGIN for c in (x, y))
+            reach = [radius + o.radius + 2 * MARGIN for o in objects]
+            gaps = [np.hypot(x - o.x, y - o.y) for o in objects]
+            if not is_inside or any(g <= r for g, r in zip(gaps, reach, strict=True)):
                 break
-            scene = Scene((*scene.objects, made), background)
-        if len(scene.objects) == len(kinds):
-            return scene
+            objects = (*objects, SceneObject(shape, colour, size, float(x), float(y), radius))
+        if len(objects) == len(kinds):
+            return Scene(objects, background)
 
 
 def sample_item(rng: np.random.Generator, task: GeneratorTask) -> GeneratorItem:

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 CODE_PICTURES = 2000
 # Share of the steps after which the first of the two compared weights is kept.
 EARLIER = 0.8
+# Of the noise levels' log-odds: what a picture shows is decided at high ones.
+NOISE_MEAN = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def draw_batch(rng: np.random.Generator, code: PatchCode, task: GeneratorTask, c
     ids = word_ids([item.text for item in items])
     clean = code.encode([render(item.target) for item in items])
     sources = [render(item.source) for item in items if item.source is not None]
-    sigma = torch.from_numpy(rng.standard_normal(count, dtype=np.float32)).sigmoid()
+    sigma = torch.from_numpy(rng.normal(NOISE_MEAN, 1.0, count)).float().sigmoid()
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
     return ids, clean, code.encode(sources) if sources else None, sigma, noise
 
@@ -253,7 +255,7 @@ def held_out_success(
 
 def code_shape(code: PatchCode) -> tuple[int, int]:
     """Shape of one picture's latents."""
-    return TOKENS, len(code.scale)
+    return TOKENS, len(code.basis)
 
 
 def check_convergence(out: Path, count: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from arr_fast.errors import ArrFastError, PromptTooLongError, UnsupportedModelError
 from arr_fast.rpo.policies.base import Policy, cat_conditions, select_conditions
-from arr_fast.rpo.policies.diffusers_policy import DiffusersPolicy, LoraOptions
+from arr_fast.rpo.policies.diffusers_policy import DiffusersPolicy, LoraOptions, restore_weights
 from arr_fast.rpo.policies.flux import FluxPolicy
 from arr_fast.rpo.policies.loading import load_policy
 from arr_fast.rpo.policies.qwen_processor import processor_components
@@ -181,10 +181,17 @@ def test_lora_round_trip_through_stock_diffusers(
     assert all(torch.equal(after[n], p) for n, p in policy.trainable_parameters().items())
 
 
-def test_whole_network_round_trip(folder: Folders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gathered", [False, True])
+def test_whole_network_round_trip(folder: Folders, tmp_path: Path, gathered: bool) -> None:
+    """Also where the weights are handed over, as they are when the network itself is split."""
     policy = load(folder, "flux", lora=None)
     move_adapter(policy, 0.01)
-    policy.save(tmp_path)
+    weights = {n: t.clone() for n, t in policy.transformer.state_dict().items()}
+    if gathered:
+        with torch.no_grad():
+            policy.transformer.proj_out.weight.zero_()
+    policy.save(tmp_path, weights if gathered else None)
+    restore_weights(policy.transformer.state_dict(), weights, tmp_path)
     fresh = load(folder, "flux", lora=None)
     fresh.load(tmp_path)
     assert torch.equal(sample(fresh)[1], sample(policy)[1])

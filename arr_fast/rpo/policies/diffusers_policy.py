@@ -27,6 +27,7 @@ from arr_fast.rpo.sharding import split_like
 
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _LORA_PREFIX = "transformer."
+_WEIGHTS_FILES = "diffusion_pytorch_model{suffix}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,13 +376,11 @@ def save_transformer(
     if weights is None:
         transformer.save_pretrained(str(directory))
         return
-    from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
     from huggingface_hub import save_torch_state_dict
 
     transformer.save_config(str(directory))
-    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
     save_torch_state_dict(
-        dict(weights), str(directory), filename_pattern=pattern, max_shard_size="10GB"
+        dict(weights), str(directory), filename_pattern=_WEIGHTS_FILES, max_shard_size="10GB"
     )
 
 

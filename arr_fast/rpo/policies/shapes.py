@@ -92,7 +92,7 @@ class ShapesPolicy:
     def encode(
         self, prompts: Sequence[str], sources: Sequence[Image.Image] | None = None
     ) -> Conditions:
-        """See `Policy.encode`; {text [B, 20, 64], pooled [B, 64]} and source [B, 64, 48]."""
+        """See `Policy.encode`; {text [B, 16, 64], pooled [B, 64]} and source [B, 64, 48]."""
         if not prompts:
             raise ValueError("prompts must not be empty")
         if (sources is not None) != (self.generator.task == "edit"):
