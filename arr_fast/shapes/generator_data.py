@@ -7,6 +7,7 @@ NOT show what their text says, so that there is something left to learn from a r
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ from arr_fast.shapes.scene import (
     SHAPES,
     Scene,
     SceneObject,
-    Size,
     Split,
     allowed_kinds,
     sample_background,
@@ -34,7 +34,7 @@ from arr_fast.shapes.scene import (
 GeneratorTask = Literal["t2i", "edit"]
 Kind = tuple[str, str]
 OBJECTS = 2
-# Free space around an object, as a fraction of the side.
+# Free space around an object, as a fraction of the side; two objects are never closer.
 MARGIN = 0.01
 WRONG_SHARE = 0.25
 # One pair of kinds in so many is held out: no training caption names it.
@@ -75,23 +75,19 @@ def _kinds(rng: np.random.Generator, split: Split) -> tuple[Kind, ...]:
 
 
 def scene_of(rng: np.random.Generator, kinds: tuple[Kind, ...], background: str) -> Scene:
-    """A scene of these objects at free corners of the latents' grid, of sizes drawn at random.
+    """A scene of these objects, small ones at free corners of the latents' grid.
 
-    On corners a shape is one of few patterns of tokens: what a small generator has to learn is
-    which objects to draw, and not to draw them at any fraction of a pixel.
+    There a shape is one pattern of four tokens: what a generator of this size has to learn is which
+    objects to draw, and not to draw them at any fraction of a pixel.
     """
+    radius = RADII["small"]
     while True:
         objects: tuple[SceneObject, ...] = ()
         for colour, shape in kinds:
-            size: Size = "large" if rng.random() < 0.5 else "small"
-            radius = RADII[size]
-            x, y = rng.integers(1, GRID, 2) / GRID
-            is_inside = all(radius + MARGIN <= c <= 1 - radius - MARGIN for c in (x, y))
-            reach = [radius + o.radius + 2 * MARGIN for o in objects]
-            gaps = [np.hypot(x - o.x, y - o.y) for o in objects]
-            if not is_inside or any(g <= r for g, r in zip(gaps, reach, strict=True)):
+            x, y = (int(rng.integers(1, GRID)) / GRID for _ in range(2))
+            if any(math.hypot(x - o.x, y - o.y) <= 2 * (radius + MARGIN) for o in objects):
                 break
-            objects = (*objects, SceneObject(shape, colour, size, float(x), float(y), radius))
+            objects = (*objects, SceneObject(shape, colour, "small", x, y, radius))
         if len(objects) == len(kinds):
             return Scene(objects, background)
 

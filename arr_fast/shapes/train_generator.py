@@ -96,7 +96,8 @@ def draw_batch(rng: np.random.Generator, code: PatchCode, task: GeneratorTask, c
     ids = word_ids([item.text for item in items])
     clean = code.encode([render(item.target) for item in items])
     sources = [render(item.source) for item in items if item.source is not None]
-    sigma = torch.from_numpy(rng.normal(NOISE_MEAN, 1.0, count)).float().sigmoid()
+    log_odds = NOISE_MEAN + rng.standard_normal(count, dtype=np.float32)
+    sigma = torch.from_numpy(log_odds).sigmoid()
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
     return ids, clean, code.encode(sources) if sources else None, sigma, noise
 
