@@ -75,6 +75,8 @@ def sample(
 
         opt.quiet_libraries()
         settings = read_config(run / "config.yaml" if run.is_dir() else run)
+        # One process draws, whatever trained.
+        settings = _changed(settings, shard=False)
         if steps is not None:
             settings = _changed(settings, evaluation={"steps": steps})
         policy = build_policy(settings, _device())
