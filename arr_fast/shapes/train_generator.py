@@ -64,7 +64,7 @@ class Plan:
 
     task: GeneratorTask = "t2i"
     seed: int = 0
-    steps: int = 7000
+    steps: int = 5000
     batch: int = 24
     workers: int = 2
     muon_lr: float = 0.01

@@ -122,6 +122,14 @@ def test_pretraining_resumes_to_the_bit(tmp_path, monkeypatch):
     assert rows[0] == rows[1]
 
 
+def test_the_bundled_generator_draws_what_is_asked_for():
+    """By the pixel parser, on prompts whose pair of objects it never saw; README: 40 % of 500."""
+    found = train_generator.held_out_success(
+        *ShapesGenerator.load(generator_directory("shapes")), 100
+    )
+    assert np.mean(found) > 0.3
+
+
 def test_convergence_is_checked_on_the_same_noise(tmp_path):
     for name in ("earlier", "last"):
         small_generator().save(tmp_path / name, CODE)
