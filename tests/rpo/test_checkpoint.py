@@ -202,8 +202,14 @@ def test_old_checkpoints_are_deleted(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("trained", ["lora", "full"])
-@pytest.mark.parametrize("how", ["", pytest.param("-compiled", marks=pytest.mark.compile)])
+@pytest.mark.parametrize(
+    ("trained", "how"),
+    [
+        ("lora", ""),
+        ("full", ""),
+        pytest.param("lora", "-compiled", marks=pytest.mark.compile),
+    ],
+)
 def test_a_split_network_trains_and_resumes_as_a_whole_one(tmp_path, trained, how):
     """FSDP2 over two processes: the weights and their averages after two updates are those of one
     process; what its checkpoint holds goes on to the bit, and loads into a policy of one."""
