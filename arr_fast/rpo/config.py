@@ -368,10 +368,7 @@ class RunConfig(_Section):
         if self.loss.guard and self.rollout.recompute_log_probs:
             raise ValueError("loss.guard needs the rollout's own log_probs")
         if self.shard and self.micro_batch is None:
-            raise ValueError(
-                "shard needs micro_batch: ranks that measured the memory budget "
-                "differently would wait for each other"
-            )
+            raise ValueError("shard needs micro_batch: ranks could measure the budget differently")
         return self
 
     @property
