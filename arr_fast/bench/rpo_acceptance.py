@@ -1,6 +1,7 @@
 """Does RPO improve the bundled generator? The whole table, with one command:
 
     python -m arr_fast.bench.rpo_acceptance --out RESULTS [--minutes 20] [--seeds 0,1,2]
+    python -m arr_fast.bench.rpo_acceptance --out RESULTS --arms base    # nothing is trained
 
 Success is the pixel parser's, on held-out prompts at fixed noise; the judge rewards and the parser
 never does. Arms start from the LAST weights of the base generator and get the same wall time: RPO
@@ -326,7 +327,7 @@ def main() -> None:
     parser.add_argument("--judge", default="builtin:shapes")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--arms", default=",".join(ARMS), help="base: none, the base alone")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--steps", type=int, default=8, help="Euler steps of the evaluation")
     args = parser.parse_args()
@@ -342,7 +343,8 @@ def main() -> None:
     section = JudgeConfig(model=args.judge, options={"inconsistent": "keep"})
     judges, _, _ = build_rewards({"rubric": section}, [])
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    summary = run(setting, args.arms.split(","), seeds, judges["rubric"])
+    arms = [arm for arm in args.arms.split(",") if arm != "base"]
+    summary = run(setting, arms, seeds, judges["rubric"])
     print(markdown(summary))
     raise SystemExit(0 if all(summary["gates"].values()) else 1)
 

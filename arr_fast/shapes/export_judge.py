@@ -1,7 +1,8 @@
 """Writes a run's weights as a checkpoint: `python -m arr_fast.shapes.export_judge --run DIR`.
 
-Weights are stored in float16 (half the size) and computed with in float32; what is measured and
-shipped are the rounded ones. The run's curve goes beside them, as CSV and as a picture.
+Several runs, each gone on from the one before, give the mean of their ends. Weights are stored in
+float16 (half the size) and computed with in float32; what is measured and shipped are the rounded
+ones. The last run's curve goes beside them, as CSV and as a picture.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,20 +28,27 @@ PANELS = (
 )
 
 
-def export(run: Path, out: Path) -> str:
-    """Writes the checkpoint of a run's last state and returns what it is.
+def export(runs: Sequence[Path], out: Path) -> str:
+    """Writes the mean of the runs' last weights as a checkpoint and returns what it is.
 
     Raises:
-        FileNotFoundError: The run has no state.
+        FileNotFoundError: A run has no state.
     """
-    state = load_state(run / "state.pt")
-    if state is None:
-        raise FileNotFoundError(f"{run / 'state.pt'} does not exist")
+    states = []
+    for run in runs:
+        state = load_state(run / "state.pt")
+        if state is None:
+            raise FileNotFoundError(f"{run / 'state.pt'} does not exist")
+        states.append(state)
+    weights = [state["model"] for state in states]
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=0)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(
+        {name: torch.stack([w[name] for w in weights]).mean(0) for name in weights[0]}
+    )
     save_checkpoint(model.eval(), tokenizer, out, torch.float16)
-    return f"{state['stage']} step {state['step']}, {state['cpu_seconds']:.0f} CPU seconds"
+    ends = (f"{s['stage']} step {s['step']}, {s['cpu_seconds']:.0f} CPU seconds" for s in states)
+    return "; ".join(ends)
 
 
 def plot_curve(source: Path, picture: Path) -> None:
@@ -70,12 +79,12 @@ def plot_curve(source: Path, picture: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True, nargs="+")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--curves", type=Path, default=CURVES)
     args = parser.parse_args()
     print(f"{export(args.run, args.out)} -> {args.out}")
-    curve = args.run / "curve.csv"
+    curve = args.run[-1] / "curve.csv"
     (args.curves / "judge_curve.csv").write_bytes(curve.read_bytes())
     plot_curve(curve, args.curves / "judge_curve.png")
 

@@ -116,8 +116,12 @@ def together(*arguments):
     }
     ranks = [start(*arguments, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
     for process in ranks:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+        finish(process)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
@@ -216,7 +220,7 @@ def test_a_split_network_trains_and_resumes_as_a_whole_one(tmp_path, trained, ho
     base = save_small(tmp_path / "base")
     kind = trained + how
     together("shapes", tmp_path, base, kind)
-    start("shapes", tmp_path, base, f"{trained}-whole").communicate(timeout=300)
+    finish(start("shapes", tmp_path, base, f"{trained}-whole"))
     alone = torch.load(tmp_path / f"{trained}-whole-0.pt")
     split, other = (torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in range(2))
     resumed = torch.load(tmp_path / f"{kind}-resumed-0.pt")
@@ -226,7 +230,7 @@ def test_a_split_network_trains_and_resumes_as_a_whole_one(tmp_path, trained, ho
             assert torch.equal(split[part][name], other[part][name]), name
             assert torch.equal(split[part][name], resumed[part][name]), name
             torch.testing.assert_close(split[part][name], value, rtol=0, atol=2e-6)
-            # A LoRA's second factor starts from zero.
+            # A LoRA's second factor starts from zero, the first one is drawn.
             old = begun[name] if trained == "full" else torch.zeros_like(value)
             assert not torch.equal(value, old), name
     lora = LoraOptions(rank=2) if trained == "lora" else None

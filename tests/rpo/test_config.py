@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import resources
+
 import pytest
 
 from arr_fast.errors import ConfigError
@@ -75,3 +77,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_every_preset_is_valid_and_defaults_are_recommended():
     assert preset_config("recommended") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "name", [entry.name for entry in (resources.files("arr_fast") / "rpo" / "configs").iterdir()]
+)
+def test_packaged_configurations_are_valid(name):
+    config = read_config(str(resources.files("arr_fast") / "rpo" / "configs" / name))
+    assert config.shard == ("sharded" in name)

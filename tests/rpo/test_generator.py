@@ -123,7 +123,7 @@ def test_pretraining_resumes_to_the_bit(tmp_path, monkeypatch):
 
 
 def test_the_bundled_generator_draws_what_is_asked_for():
-    """By the pixel parser, on prompts whose pair of objects it never saw; README: 40 % of 500."""
+    """By the pixel parser, on prompts whose pair of objects it never saw."""
     found = train_generator.held_out_success(
         *ShapesGenerator.load(generator_directory("shapes")), 100
     )

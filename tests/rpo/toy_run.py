@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from arr_fast.rpo.building import build_policy
 from arr_fast.rpo.checkpoint import list_checkpoints, load_checkpoint
-from arr_fast.rpo.policies.diffusers_policy import LoraOptions
-from arr_fast.rpo.policies.shapes import ShapesPolicy
 from arr_fast.rpo.prompts import Prompt, load_prompts
+from arr_fast.rpo.sharding import is_split, whole
 from arr_fast.rpo.trainer import Parts, Trainer
-from tests.rpo.toy import bright_judge, toy_config, toy_parts
+from tests.rpo.toy import bright_judge, mean_brightness, toy_config, toy_parts
 
 
 def killed(out: Path, iterations: int, at: int) -> None:
@@ -63,8 +63,6 @@ def shapes(out: Path, base: str, kind: str) -> None:
         kind: "lora" or "full"; with "-whole" the network is not split, with "-compiled" it is
             split and compiled block by block.
     """
-    from arr_fast.rpo.sharding import is_split, whole
-
     trained, *how = kind.split("-")
     run_dir = out / kind
     config = toy_config(
@@ -84,13 +82,11 @@ def shapes(out: Path, base: str, kind: str) -> None:
     )
 
     def trainer() -> Trainer:
-        lora = LoraOptions(rank=2) if trained == "lora" else None
-        torch.manual_seed(0)
-        policy = ShapesPolicy.from_pretrained(base, lora=lora)
-        toy = toy_parts()
+        policy = build_policy(config, "cpu")
         held = [Prompt(0, "a red circle and a blue star on a white background")]
         rows = load_prompts("builtin:shapes", count=20, seed=0)
-        return Trainer(config, Parts(policy, {"rubric": bright_judge}, rows, held, toy.evaluator))
+        judges = {"rubric": bright_judge}
+        return Trainer(config, Parts(policy, judges, rows, held, mean_brightness))
 
     def weights(run: Trainer) -> dict:
         state = {n: p.detach() for n, p in run.updater.parameters.items()}

@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 
 from arr_fast import shapes
 from arr_fast.shapes import train_judge
+from arr_fast.shapes.export_judge import export
+from arr_fast.shapes.model import build_model
 from arr_fast.shapes.optimise import orthogonalise
 from arr_fast.shapes.run_state import Curve, load_state, save_state
+from arr_fast.shapes.tokenizer import build_tokenizer
 from arr_fast.shapes.train_judge import Interrupted, Plan, work
 from arr_fast.shapes.workers import start
 
@@ -136,3 +139,23 @@ def test_orthogonalise_brings_singular_values_near_one(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
     assert values.min() > 0.5 and values.max() < 1.5
+
+
+def test_several_runs_are_exported_as_their_mean(tmp_path):
+    model = build_model(build_tokenizer(), 0).state_dict()
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    for run, shift in (("a", 0.0), ("b", 0.5)):
+        moved = {**model, name: model[name] + shift}
+        save_state(
+            tmp_path / run / "state.pt",
+            {"model": moved, "stage": "whole", "step": 3, "cpu_seconds": 1},
+        )
+    said = export([tmp_path / "a", tmp_path / "b"], tmp_path / "judge")
+    assert said.count("whole step 3") == 2
+    saved = load_file(tmp_path / "judge" / "model.safetensors")
+    torch.testing.assert_close(saved[name].float(), model[name] + 0.25, rtol=1e-3, atol=1e-6)
+    export([tmp_path / "b"], tmp_path / "alone")
+    alone = load_file(tmp_path / "alone" / "model.safetensors")
+    assert torch.equal(alone[name], (model[name] + 0.5).half())
+    with pytest.raises(FileNotFoundError, match=r"c/state\.pt does not exist"):
+        export([tmp_path / "a", tmp_path / "c"], tmp_path / "none")
