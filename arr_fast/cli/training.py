@@ -166,7 +166,10 @@ def _run(settings: RunConfig, resume: bool, checkpoint: Path | None) -> Outcome:
         def progress(done: int, numbers: dict[str, float]) -> None:
             bar.update(task, completed=done, description=_line(numbers))
 
-        return trainer.train(progress=progress)
+        outcome = trainer.train(progress=progress)
+    # Its threads must not outlive the interpreter, which would abort.
+    trainer.accelerator.state.destroy_process_group()
+    return outcome
 
 
 def _warn_of_changes(settings: RunConfig, saved: Path) -> None:

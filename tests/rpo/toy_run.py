@@ -108,3 +108,5 @@ if __name__ == "__main__":
     arguments = [int(each) if each.isdigit() else each for each in rest]
     run = {"killed": killed, "gradients": gradients, "shapes": shapes}[what]
     run(Path(where), *arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
