@@ -1,8 +1,9 @@
 """Writes a run's weights as a checkpoint: `python -m arr_fast.shapes.export_judge --run DIR`.
 
-Several runs, each gone on from the one before, give the mean of their ends. Weights are stored in
-float16 (half the size) and computed with in float32; what is measured and shipped are the rounded
-ones. The last run's curve goes beside them, as CSV and as a picture.
+Several runs, each gone on from the one before, give the mean of their ends; a checkpoint counts as
+such an end. Weights are stored in float16 (half the size) and computed with in float32; what is
+measured and shipped are the rounded ones. The last run's curve goes beside them, as CSV and as a
+picture.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from arr_fast.shapes.model import build_model, save_checkpoint
 from arr_fast.shapes.run_state import load_state
@@ -32,23 +35,31 @@ def export(runs: Sequence[Path], out: Path) -> str:
     """Writes the mean of the runs' last weights as a checkpoint and returns what it is.
 
     Raises:
-        FileNotFoundError: A run has no state.
+        FileNotFoundError: A run has no state, a checkpoint no weights.
     """
-    states = []
-    for run in runs:
-        state = load_state(run / "state.pt")
-        if state is None:
-            raise FileNotFoundError(f"{run / 'state.pt'} does not exist")
-        states.append(state)
-    weights = [state["model"] for state in states]
+    ends = [_end(run) for run in runs]
+    weights = [end[0] for end in ends]
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed=0)
     model.load_state_dict(
         {name: torch.stack([w[name] for w in weights]).mean(0) for name in weights[0]}
     )
     save_checkpoint(model.eval(), tokenizer, out, torch.float16)
-    ends = (f"{s['stage']} step {s['step']}, {s['cpu_seconds']:.0f} CPU seconds" for s in states)
-    return "; ".join(ends)
+    return "; ".join(text for _, text in ends)
+
+
+def _end(run: Path) -> tuple[dict[str, Tensor], str]:
+    """The last weights of a run, or those of a checkpoint, and what they are."""
+    state = load_state(run / "state.pt")
+    if state is not None:
+        about = f"{state['stage']} step {state['step']}, {state['cpu_seconds']:.0f} CPU seconds"
+        return state["model"], about
+    if not (run / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{run} holds neither state.pt nor model.safetensors")
+    weights = {k: v.float() for k, v in load_file(run / "model.safetensors").items()}
+    # A checkpoint leaves out the head, which is tied to the embeddings.
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    return weights, str(run)
 
 
 def plot_curve(source: Path, picture: Path) -> None:

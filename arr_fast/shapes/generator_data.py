@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from arr_fast.shapes.captions import PLURALS, Caption, Edit, article, name
+from arr_fast.shapes.captions import NUMBERS, PLURALS, Caption, Edit, article, name
 from arr_fast.shapes.latents import GRID
 from arr_fast.shapes.render import render
 from arr_fast.shapes.scene import (
@@ -169,7 +169,8 @@ def sample_prompts(
 
 
 def caption_rubric(caption: Caption) -> dict[str, Any]:
-    """A rubric written for one caption: each object is present, in its number, on its background.
+    """A rubric written for one caption: each object is there, in its number, and nothing else, on
+    its background.
 
     Criteria that make the judge read the caption itself are left out: the bundled judge is less
     sure of them, and they turn pairs that it can decide into ties.
@@ -181,6 +182,8 @@ def caption_rubric(caption: Caption) -> dict[str, Any]:
         amount = "There is one" if count == 1 else f"There are {count}"
         noun = words if count == 1 else f"{kind[0]} {PLURALS[kind[1]]}"
         criteria.append((f"count_{number}", f"{amount} {noun}.", 0.5))
+    number_word = NUMBERS[len(caption.kinds)]
+    criteria.append(("number", f"There are {number_word} objects.", 1.0))
     if caption.background is not None:
         criteria.append(("background", f"The background is {caption.background}.", 1.0))
     return _rubric("caption", "t2i", criteria)

@@ -6,6 +6,9 @@ one to the bit. The weights at 80 % and at the end are kept:
 
     python -m arr_fast.shapes.train_generator --out RUN --check-convergence 4000
     python -m arr_fast.shapes.train_generator --out RUN --bundle
+
+`--init-from DIR --steps N` goes on from a saved generator, whose steps count. An editing generator
+starts best from one for captions, which knows colours and shapes: `--task edit --init-from DIR`.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ class Plan:
         every: Interval of logging, checking and saving, in steps.
         check: Held-out prompts of a check.
         compile: torch.compile the loss.
+        begun_at: Steps that the weights had seen when the run began.
     """
 
     task: GeneratorTask = "t2i"
@@ -74,6 +78,7 @@ class Plan:
     every: int = 250
     check: int = 100
     compile: bool = True
+    begun_at: int = 0
 
 
 class Interrupted(Exception):
@@ -154,17 +159,33 @@ def continue_supervised(directory: Path, *, seconds: float, seed: int) -> Shapes
 
 
 class Run:
-    """One training run in a directory."""
+    """One training run in a directory.
 
-    def __init__(self, out: Path, plan: Plan, resume: bool, rank: int) -> None:
+    Args:
+        out: The directory.
+        plan: What to do.
+        resume: Go on from the state in `out`, if there is one.
+        rank: Number of the worker.
+        init_from: A saved generator whose averaged weights are the start.
+    """
+
+    def __init__(
+        self, out: Path, plan: Plan, resume: bool, rank: int, init_from: Path | None = None
+    ) -> None:
         self.out, self.plan, self.rank = out, plan, rank
-        self.code = fit_code(plan.seed)
         self.generator = ShapesGenerator(plan.task, plan.seed)
-        self.averaged = ShapesGenerator(plan.task, plan.seed).requires_grad_(False)
+        self.averaged = ShapesGenerator(plan.task, plan.seed)
+        if init_from is None:
+            self.code = fit_code(plan.seed)
+        else:
+            trained, self.code = ShapesGenerator.load(init_from)
+            for model in (self.generator, self.averaged):
+                model.load_state_dict(trained.state_dict())
+        self.averaged.requires_grad_(False)
         named = list(self.generator.named_parameters())
         self.optimiser = Optimiser(named, muon_lr=plan.muon_lr, adam_lr=plan.adam_lr)
         self.curve = Curve(out / "curve.csv")
-        self.first = 0
+        self.first = plan.begun_at
         self._stop = False
         self._loss: Callable[..., Tensor] = self._eager_loss
         if plan.compile:
@@ -196,7 +217,7 @@ class Run:
             value, stop = average_gradients(
                 self.optimiser.parameters, [float(loss.detach()), float(self._stop)]
             )
-            norms.append(self.optimiser.step(min(1.0, (step + 1) / plan.warmup)))
+            norms.append(self.optimiser.step(min(1.0, (step + 1 - plan.begun_at) / plan.warmup)))
             average(self.averaged, self.generator, plan.ema, step)
             losses.append(value)
             done = step + 1
@@ -291,10 +312,16 @@ def bundle(out: Path, task: GeneratorTask) -> Path:
     return target
 
 
-def work(rank: int, out: Path, plan: Plan, resume: bool) -> None:
+def saved_step(directory: Path, task: GeneratorTask) -> int:
+    """The steps behind a saved generator; 0 where they taught it another task."""
+    about = json.loads((directory / "generator.json").read_text(encoding="utf-8"))
+    return int(about["step"]) if about["task"] == task else 0
+
+
+def work(rank: int, out: Path, plan: Plan, resume: bool, init_from: Path | None = None) -> None:
     """What every worker does."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    run = Run(out, plan, resume, rank)
+    run = Run(out, plan, resume, rank, init_from)
     signal.signal(signal.SIGTERM, run.request_stop)
     signal.signal(signal.SIGINT, run.request_stop)
     run.train()
@@ -307,6 +334,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--task", choices=("t2i", "edit"), default=default.task)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--init-from", type=Path, help="directory of a saved generator")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--check-convergence", type=int, metavar="PROMPTS")
     parser.add_argument("--bundle", action="store_true")
@@ -336,9 +364,10 @@ def main() -> None:
         every=args.every,
         check=args.check,
         compile=not args.no_compile,
+        begun_at=0 if args.init_from is None else saved_step(args.init_from, args.task),
     )
     try:
-        start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume)
+        start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
     except Interrupted as stop:
         print(f"{stop}; go on with --resume")
 

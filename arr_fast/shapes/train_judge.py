@@ -45,6 +45,7 @@ class Plan:
         reading_rows: Packed rows per step and worker of those.
         judge_steps: Steps of stage 2 on pairs, mostly on what they show of single objects.
         whole_steps: Last steps of stage 2, on whole captions and instructions.
+        whole_peak: Their highest learning rate, as a share of stage 1's.
         judge_rows: Packed rows per step and worker of both.
         workers: Single-threaded processes that share every step.
         every: Interval of logging, checking and saving, in steps.
@@ -59,6 +60,7 @@ class Plan:
     reading_rows: int = 3
     judge_steps: int = 2200
     whole_steps: int = 5000
+    whole_peak: float = 0.5
     judge_rows: int = 5
     workers: int = 2
     every: int = 200
@@ -75,7 +77,7 @@ def schedule(step: int, steps: int, warmup: int = 30, floor: float = 0.05) -> fl
 STAGES = ("vision", "reading", "judge", "whole")
 
 # Verdicts are few per step and noisy, so their stage takes smaller steps.
-PEAKS = {"vision": 1.0, "reading": 1.0, "judge": 0.6, "whole": 0.5}
+PEAKS = {"vision": 1.0, "reading": 1.0, "judge": 0.6}
 
 # In stage 2 what stage 1 taught must last (at half speed it was gone after a hundred steps): words
 # and the tower move slowly, deepstack is new.
@@ -168,7 +170,8 @@ class Run:
             values = [float(v.detach()) for v in losses.values()]
             *means, stop = average_gradients(optimiser.parameters, [*values, float(self._stop)])
             floor = 1.0 if stage == "reading" else 0.05
-            scale = PEAKS[stage] * schedule(step, steps, floor=floor)
+            peak = PEAKS.get(stage, self.plan.whole_peak)
+            scale = peak * schedule(step, steps, floor=floor)
             means.append(optimiser.step(scale))
             for name, value in zip([*losses, "grad_norm"], means, strict=True):
                 sums.setdefault(name, []).append(value)
@@ -294,6 +297,7 @@ def main() -> None:
     parser.add_argument("--reading-steps", type=int, default=Plan().reading_steps)
     parser.add_argument("--judge-steps", type=int, default=Plan().judge_steps)
     parser.add_argument("--whole-steps", type=int, default=Plan().whole_steps)
+    parser.add_argument("--whole-peak", type=float, default=Plan().whole_peak)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init-from", type=Path, help="checkpoint; only the last stage is run")
     args = parser.parse_args()
@@ -303,6 +307,7 @@ def main() -> None:
         reading_steps=args.reading_steps,
         judge_steps=args.judge_steps,
         whole_steps=args.whole_steps,
+        whole_peak=args.whole_peak,
     )
     start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
 

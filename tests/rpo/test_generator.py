@@ -122,6 +122,22 @@ def test_pretraining_resumes_to_the_bit(tmp_path, monkeypatch):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize(("task", "first"), [("t2i", 7), ("edit", 0)])
+def test_pretraining_goes_on_from_a_saved_generator(tmp_path, task, first):
+    """Its steps count where it learned the same task; an editor starts with what it knows."""
+    trained = ShapesGenerator("t2i", 3)
+    trained.save(tmp_path / "saved", CODE, step=7)
+    plan = Plan(task=task, begun_at=train_generator.saved_step(tmp_path / "saved", task))
+    run = train_generator.Run(tmp_path / "run", plan, False, 0, tmp_path / "saved")
+    assert run.first == first
+    assert torch.equal(run.code.basis, CODE.basis)
+    for model in (run.generator, run.averaged):
+        assert model.task == task
+        assert len(model.image_ids) == (64 if task == "t2i" else 128)
+        for name, tensor in trained.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def test_the_bundled_generator_draws_what_is_asked_for():
     """By the pixel parser, on prompts whose pair of objects it never saw."""
     found = train_generator.held_out_success(

@@ -157,5 +157,9 @@ def test_several_runs_are_exported_as_their_mean(tmp_path):
     export([tmp_path / "b"], tmp_path / "alone")
     alone = load_file(tmp_path / "alone" / "model.safetensors")
     assert torch.equal(alone[name], (model[name] + 0.5).half())
-    with pytest.raises(FileNotFoundError, match=r"c/state\.pt does not exist"):
+    export([tmp_path / "alone", tmp_path / "a"], tmp_path / "gone_on")
+    saved = load_file(tmp_path / "gone_on" / "model.safetensors")
+    torch.testing.assert_close(saved[name].float(), model[name] + 0.25, rtol=1e-3, atol=1e-6)
+    assert alone.keys() == saved.keys()
+    with pytest.raises(FileNotFoundError, match=r"c holds neither state\.pt nor model"):
         export([tmp_path / "a", tmp_path / "c"], tmp_path / "none")
