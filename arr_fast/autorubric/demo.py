@@ -57,6 +57,8 @@ SCHEMA = 1
 TRAIN, UNTOUCHED, FAITHFULNESS = 100, 2000, 400
 # What a judge without a rubric must reach for the comparison to be fair.
 FAIR = 0.9
+# A text that fewer of the demonstration's pairs came to is a slip of a rewrite.
+MIN_SUPPORT = 3
 DATASET = "hidden preference"
 
 
@@ -104,14 +106,14 @@ def run_demo(
         untouched: Pairs to evaluate on; they share no prompt and no scene with the others.
         seed: Of the preference, the scenes, the labels and the loop.
         resamples: Bootstrap resamples.
-        settings: Of the loop; None for the defaults with `seed`.
+        settings: Of the loop; None for the defaults with `seed` and MIN_SUPPORT.
         faithfulness: Pairs that differ in faithfulness to the caption alone, for the judge without
             a rubric; 0 for none.
         easy_vqa: Also measure single images, on easy-VQA's yes/no test questions.
         on_stage: Told what happens.
         progress: Told how far a stage is.
     """
-    chosen = settings or AutoRubricSettings(seed=seed)
+    chosen = settings or AutoRubricSettings(seed=seed, min_support=MIN_SUPPORT)
     hidden = HiddenPreference.draw(seed)
     on_stage(f"draw {train} + {untouched} pairs")
     learning = sample_pairs(hidden, train, seed=seed)

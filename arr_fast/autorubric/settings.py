@@ -20,6 +20,8 @@ class AutoRubricSettings(BaseModel):
         max_tokens: Longest answer.
         require_consistent: Verification also needs both orders to name the preferred image.
         structured: Most criteria of the structured rubric.
+        min_support: Fewest pairs behind a criterion of the structured rubric; where none has so
+            many, all stay.
         selected: Most criteria of the selected rubric.
         folds: Of cross-validation.
         seed: Of sampling and folds.
@@ -35,6 +37,7 @@ class AutoRubricSettings(BaseModel):
     max_tokens: int = Field(default=1024, ge=16)
     require_consistent: bool = False
     structured: int = Field(default=40, ge=1)
+    min_support: int = Field(default=1, ge=1)
     selected: int = Field(default=20, ge=1)
     folds: int = Field(default=5, ge=2)
     seed: int = Field(default=0, ge=0)

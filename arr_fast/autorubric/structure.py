@@ -138,10 +138,18 @@ def structure(
     notes: tuple[str, ...] = ()
     if writer is not None and templates is not None and templates.has("structure"):
         try:
-            return _by_writer(candidates, outcomes, task, settings, writer, templates)
+            found = _by_writer(candidates, outcomes, task, settings, writer, templates)
+            return _supported(found, settings.min_support)
         except ArrFastError as error:
             notes = (f"the writer's structure could not be used ({error}); texts were clustered",)
-    return replace(_by_clusters(candidates, settings.structured), notes=notes)
+    found = _by_clusters(candidates, settings.structured)
+    return _supported(replace(found, notes=notes), settings.min_support)
+
+
+def _supported(found: Structured, least: int) -> Structured:
+    """Without the criteria that too few pairs stand behind, such as slips of a rewrite."""
+    kept = tuple(criterion for criterion in found.criteria if criterion.support >= least)
+    return replace(found, criteria=kept) if kept else found
 
 
 def to_rubric(

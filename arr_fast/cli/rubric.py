@@ -96,6 +96,9 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
         ] = False,
         criteria: Annotated[int, typer.Option("--criteria", "-k", help="Per pair.")] = 5,
         refinements: Annotated[int, typer.Option(help="Most rewrites per pair.")] = 5,
+        min_support: Annotated[
+            int, typer.Option(help="Fewest pairs behind a criterion of the structured rubric.")
+        ] = 1,
         selected: Annotated[int, typer.Option(help="Most criteria of the rubric.")] = 20,
         folds: Annotated[int, typer.Option(help="Of cross-validation.")] = 5,
         temperature: Annotated[float, typer.Option(help="Of first answers; 0 is greedy.")] = 0.0,
@@ -139,6 +142,7 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
                     **{"temperature": temperature, "refine_temperature": refine_temperature},
                     **{"max_tokens": max_tokens, "require_consistent": require_consistent},
                     **{"selected": selected, "folds": folds, "seed": seed},
+                    **{"min_support": min_support},
                 },
             )
             _run_prompts(request, stage) if zero_shot else _run_pairs(request, stage)

@@ -225,6 +225,11 @@ def test_clusters_merge_paraphrases_and_keep_what_differs() -> None:
     assert len(by_text["No object is cut off."].sources) == 2
     assert level_of("The image follows the caption.") == "coarse"
     assert level_of("The edges are sharp.") == "fine"
+    often = SETTINGS.model_copy(update={"min_support": 2})
+    kept = structure(candidates_of(outcomes, range(3)), outcomes, "t2i", often).texts
+    assert set(kept) == {"The image is sharp.", "No object is cut off."}
+    never = SETTINGS.model_copy(update={"min_support": 4})
+    assert structure(candidates_of(outcomes, range(3)), outcomes, "t2i", never) == found
     # A fold's criteria are those of its own pairs.
     assert {c.text for c in candidates_of(outcomes, [2])} == set(texts[2])
     with pytest.raises(ArrFastError, match="no verified criteria"):
