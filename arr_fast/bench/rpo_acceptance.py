@@ -339,8 +339,9 @@ def main() -> None:
         prompts=load_prompts("builtin:shapes-held-out", count=args.prompts),
         steps=args.steps,
     )
-    # As in configs/demo_shapes.yaml: orders that disagree go by their mean.
-    section = JudgeConfig(model=args.judge, options={"inconsistent": "keep"})
+    # As in configs/demo_shapes.yaml: orders that disagree go by their mean, and pairs that meet the
+    # same criteria are ties.
+    section = JudgeConfig(model=args.judge, options={"inconsistent": "keep", "margin": 0.25})
     judges, _, _ = build_rewards({"rubric": section}, [])
     seeds = [int(seed) for seed in args.seeds.split(",")]
     arms = [arm for arm in args.arms.split(",") if arm != "base"]
