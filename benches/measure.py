@@ -18,8 +18,8 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from arr_fast.bench.allocations import peak_allocated
 from arr_fast.bench.rows import environment
 
 ROUNDS = int(os.environ.get("ARR_FAST_BENCH_ROUNDS", "9"))
@@ -99,28 +99,6 @@ def synchronise() -> None:
     """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def peak_allocated(run: Callable[[], Any]) -> int:
-    """Most bytes that one call holds above what was held before it, from the allocator's own
-    events.
-    """
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        synchronise()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    kineto = trace.profiler.kineto_results  # type: ignore[union-attr]
-    held = peak = 0
-    for event in sorted(kineto.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def report(

@@ -3,7 +3,7 @@ shape.
 
 Nothing is timed unless all contenders have the same gradient: identical prompts, noise, judge and
 loss. A judge that sleeps stands in for a real one where its cost is to be set; `--judge builtin`
-takes the bundled one.
+takes the bundled one. "ours-serial" waits for each chunk's judgement before it samples the next.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arr_fast.bench.allocations import peak_allocated
 from arr_fast.bench.rows import environment
 from arr_fast.bench.rpo_reference_loop import reference_iteration
 from arr_fast.errors import ArrFastError
@@ -30,7 +31,7 @@ from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
 from arr_fast.rpo.loss import Objective, clip_from_nats
 from arr_fast.rpo.packing import PackedRows
 from arr_fast.rpo.policies.shapes import ShapesPolicy
-from arr_fast.rpo.rollout import PromptBatch, SamplingConfig
+from arr_fast.rpo.rollout import JudgedChunk, PromptBatch, SamplingConfig
 from arr_fast.rpo.sampler import Sampler, hidden_share
 from arr_fast.rpo.schedule import shifted_sigmas
 from arr_fast.rpo.sde import build_schedule
@@ -40,7 +41,7 @@ from arr_fast.shapes.generator_data import sample_prompts
 from arr_fast.shapes.latents import PatchCode
 from arr_fast.shapes.train_generator import fit_code
 
-SCHEMA = 1
+SCHEMA = 2
 # Relative L2 difference of gradients.
 TOLERANCE = 1e-5
 SEED = 0
@@ -52,7 +53,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     # Compute-bound: the size of the bundled generator.
     "shapes": {},
 }
-ENGINES = ("ours", "ours-eager", "reference-loop")
+ENGINES = ("ours", "ours-eager", "ours-serial", "reference-loop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ class RPORow:
         sampling, judging, waiting, training, total: Seconds.
         hidden_share: Of judging, behind sampling.
         ratio: Median over repeats of total / total of `ours` in the same repeat.
+        training_peak_bytes: Most that the training phase holds above weights and rollout (its
+            gradients count); None where it was not measured.
         recompiled: Graphs that dynamo built during the timed repeats.
         dtype, threads, device, torch, transformers, arr_fast, commit, time: Where and when.
     """
@@ -87,6 +90,7 @@ class RPORow:
     total: float
     hidden_share: float
     ratio: float
+    training_peak_bytes: int | None
     recompiled: int
     dtype: str
     threads: int
@@ -177,21 +181,40 @@ class Contest:
             )
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-        return self._ours(compile=engine == "ours")
+        return self._ours(compile=engine != "ours-eager", serial=engine == "ours-serial")
 
-    def _ours(self, *, compile: bool) -> Callable[[], Mapping[str, float]]:
+    def _parts(self, *, compile: bool, serial: bool = False) -> tuple[Sampler, TrainStep]:
         config = SamplingConfig(train_steps=TRAINED[0], train_window=TRAINED[1], seed=SEED)
-        judges = {"rubric": self.judge}
+        judges = {"rubric": _answered(self.judge) if serial else self.judge}
         sampler = Sampler(self.policy, self.schedule, config, judges, compile=compile)
-        step = TrainStep(self.policy, self.objective, compile=compile)
+        return sampler, TrainStep(self.policy, self.objective, compile=compile)
+
+    def _packed(self, chunks: Sequence[JudgedChunk]) -> PackedRows:
+        given = [advantages(mix_preferences(chunk.judgements)) for chunk in chunks]
+        return PackedRows([c.trajectories for c in chunks], given, self.micro_batch)
+
+    def training_peak(self, engine: str) -> int | None:
+        """Peak bytes of the training phase of "ours" and "ours-eager", gradients included."""
+        if engine not in ("ours", "ours-eager"):
+            return None
+        sampler, step = self._parts(compile=engine == "ours")
+        packed = self._packed(sampler.iterate(self.batches))
+
+        def train() -> None:
+            for parameter in self.policy.trainable_parameters().values():
+                parameter.grad = None
+            step.accumulate(packed)
+
+        return peak_allocated(train)
+
+    def _ours(self, *, compile: bool, serial: bool) -> Callable[[], Mapping[str, float]]:
+        sampler, step = self._parts(compile=compile, serial=serial)
 
         def iterate() -> Mapping[str, float]:
             began = time.perf_counter()
             chunks = sampler.iterate(self.batches)
             judged = time.perf_counter()
-            given = [advantages(mix_preferences(chunk.judgements)) for chunk in chunks]
-            packed = PackedRows([c.trajectories for c in chunks], given, self.micro_batch)
-            step.accumulate(packed)
+            step.accumulate(self._packed(chunks))
             ended = time.perf_counter()
             sums = {
                 name: sum(chunk.seconds.get(name, 0.0) for chunk in chunks)
@@ -217,6 +240,17 @@ class Contest:
         for parameter in parameters:
             parameter.grad = None
         return flat
+
+
+def _answered(judge: SubmitJudge) -> SubmitJudge:
+    """A judge that answers before it returns."""
+
+    def ask(request: JudgeRequest) -> Future[Judgement]:
+        future = judge(request)
+        future.result()
+        return future
+
+    return ask
 
 
 def run_rpo_bench(
@@ -281,6 +315,7 @@ def run_rpo_bench(
                         other["total"] / own["total"]
                         for own, other in zip(seconds["ours"], seconds[name], strict=True)
                     ),
+                    training_peak_bytes=contest.training_peak(name),
                     recompiled=recompiled,
                     **environment(torch.get_num_threads()),
                 )
@@ -333,10 +368,11 @@ def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _line(row: RPORow) -> str:
+    peak = row.training_peak_bytes
     return (
         f"{row.workload:7} {row.engine:15} total {row.total:.3f} s = sampling {row.sampling:.3f} + "
         f"waiting {row.waiting:.3f} (of judging {row.judging:.3f}) + training {row.training:.3f}; "
-        f"{row.ratio:.2f}x ours"
+        f"{row.ratio:.2f}x ours" + ("" if peak is None else f"; training holds {peak / 1e6:.1f} MB")
     )
 
 

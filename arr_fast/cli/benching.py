@@ -108,8 +108,8 @@ def rpo(
         str, typer.Option(help="tiny (overhead-bound), shapes (compute-bound); comma-separated.")
     ] = "tiny,shapes",
     engines: Annotated[
-        str, typer.Option(help="Comma-separated: ours, ours-eager, reference-loop.")
-    ] = "ours,ours-eager,reference-loop",
+        str, typer.Option(help="Comma-separated: ours, ours-eager, ours-serial, reference-loop.")
+    ] = "ours,ours-eager,ours-serial,reference-loop",
     pairs: Annotated[int, typer.Option(min=1, help="Per iteration.")] = 16,
     chunks: Annotated[int, typer.Option(min=1, help="Per iteration.")] = 8,
     micro_batch: Annotated[int, typer.Option(min=1, help="Rows per training forward.")] = 16,

@@ -48,6 +48,21 @@ def test_a_sleeping_judge_is_hidden_behind_sampling(contest):
     assert seconds["hidden_share"] > 0
 
 
+def test_a_serial_judge_is_not_hidden(contest):
+    contest.judge = SleepingJudge(0.01)
+    overlapped, waited = (contest._ours(compile=False, serial=serial) for serial in (False, True))
+    assert waited()["waiting"] < 0.005 < overlapped()["judging"]
+    assert waited()["sampling"] + 4 * 0.01 <= waited()["total"]
+
+
+def test_the_training_peak_holds_at_least_the_gradients(contest):
+    gradients = 4 * sum(p.numel() for p in contest.policy.trainable_parameters().values())
+    peak = contest.training_peak("ours-eager")
+    contest.micro_batch = 1
+    assert gradients < contest.training_peak("ours-eager") < peak
+    assert contest.training_peak("reference-loop") is None
+
+
 def test_unknown_workloads_and_engines_list_what_there_is(contest):
     with pytest.raises(ValueError, match="tiny, shapes"):
         run_rpo_bench(["huge"])
