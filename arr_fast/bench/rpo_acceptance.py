@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from arr_fast.engine.config import resolve_compile
 from arr_fast.evals.intervals import resample_weights
 from arr_fast.integrations.rpo_reward import build_rewards
 from arr_fast.rpo.config import JudgeConfig, RunConfig, preset_config
@@ -156,7 +157,7 @@ def arm_config(arm: str, setting: Setting, seed: int) -> RunConfig:
         seed=seed,
         iterations=100_000,
         max_minutes=setting.minutes,
-        compile=False,
+        compile=resolve_compile("auto", torch.device("cpu")),
         trackers=[],
         evaluation={"every": None},
         checkpoint={"every": 10},
