@@ -134,7 +134,9 @@ def rpo(
             from arr_fast.integrations.rpo_reward import build_rewards
             from arr_fast.rpo.config import JudgeConfig
 
-            section = JudgeConfig(model=judge_model, device="cpu")
+            # The generator is untrained: orders disagree, and the mean of both decides.
+            options = {"inconsistent": "keep"}
+            section = JudgeConfig(model=judge_model, device="cpu", options=options)
             judge = build_rewards({"rubric": section}, [])[0]["rubric"]
         run_rpo_bench(
             _names(workload),
