@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from arr_fast.errors import ConfigError
 from arr_fast.ops.rpo_loss import KLForm
 from arr_fast.ops.sde_step import StepKind
+from arr_fast.rpo.presets import PRESETS
 
 PolicyKind = Literal["shapes", "flux", "sd3", "qwen_edit"]
 Preset = Literal["paper", "recommended"]
@@ -385,35 +386,6 @@ class RunConfig(_Section):
         """Writes the resolved configuration."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_yaml(), encoding="utf-8")
-
-
-# What a preset sets; the classes' defaults are `recommended`. It trains the first four of eight
-# steps, which decide what is drawn, and weighs them alike (guard): unweighted, the gradient of the
-# last step is 16 times as long as that of the first.
-PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {},
-    "paper": {
-        "sampler": {
-            "kind": "dance_sde",
-            "eta": 0.3,
-            "steps": 8,
-            "shift": 3.0,
-            "floor_timesteps": True,
-            "trained": 7,
-            "window": 7,
-        },
-        "loss": {
-            "clip": 0.2,
-            "clip_nats": None,
-            "beta": 0.01,
-            "kl": "log_prob_diff",
-            "guard": False,
-            "centred": False,
-        },
-        "rollout": {"pairs": 32},
-        "optimiser": {"lr": 5e-5, "grad_clip": 1.0},
-    },
-}
 
 
 def preset_config(preset: Preset = "recommended", **overrides: Any) -> RunConfig:
