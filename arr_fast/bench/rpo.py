@@ -102,6 +102,9 @@ class RPORow:
     time: str
 
 
+COLUMNS = [field.name for field in fields(RPORow)]
+
+
 class SleepingJudge:
     """Prefers the candidate with more red; every pair takes a fixed time.
 
@@ -285,8 +288,11 @@ def run_rpo_bench(
         say: Where progress goes.
 
     Raises:
-        ArrFastError: The gradients disagree; nothing was timed then.
+        ArrFastError: The gradients disagree, or the CSV file has other columns; nothing was timed
+            then.
     """
+    if csv_path is not None:
+        _check_columns(csv_path)
     if threads is not None:
         torch.set_num_threads(threads)
     names = list(dict.fromkeys(["ours", *engines]))
@@ -376,12 +382,25 @@ def _line(row: RPORow) -> str:
     )
 
 
+def _check_columns(path: Path) -> bool:
+    """Whether a CSV file has its header already.
+
+    Raises:
+        ArrFastError: It has another one.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    if path.read_text(encoding="utf-8").splitlines()[0] != ",".join(COLUMNS):
+        raise ArrFastError(f"{path} has other columns than this version writes: give a new file")
+    return True
+
+
 def _append(rows: Sequence[RPORow], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists() or path.stat().st_size == 0
+    has_header = _check_columns(path)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(RPORow)])
-        if is_new:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not has_header:
             writer.writeheader()
         for row in rows:
             writer.writerow(asdict(row))

@@ -170,8 +170,8 @@ class Run:
             values = [float(v.detach()) for v in losses.values()]
             *means, stop = average_gradients(optimiser.parameters, [*values, float(self._stop)])
             floor = 1.0 if stage == "reading" else 0.05
-            peak = PEAKS.get(stage, self.plan.whole_peak)
-            scale = peak * schedule(step, steps, floor=floor)
+            peaks = {**PEAKS, "whole": self.plan.whole_peak}
+            scale = peaks[stage] * schedule(step, steps, floor=floor)
             means.append(optimiser.step(scale))
             for name, value in zip([*losses, "grad_norm"], means, strict=True):
                 sums.setdefault(name, []).append(value)

@@ -8,6 +8,8 @@ import pytest
 
 from arr_fast.errors import ConfigError
 from arr_fast.rpo.config import PRESETS, RunConfig, preset_config, read_config
+from arr_fast.rpo.schedule import shifted_sigmas
+from arr_fast.rpo.sde import build_schedule
 
 
 def written(tmp_path, text):
@@ -29,6 +31,18 @@ def test_recommended_clips_in_nats():
     config = preset_config("recommended")
     assert config.loss.clip_range(3072) == pytest.approx(6.5 / 3072)
     assert preset_config("paper").loss.clip_range(3072) == 0.2
+
+
+def test_recommended_trains_early_steps_and_weighs_them_alike():
+    config = preset_config("recommended")
+    assert (config.sampler.trained, config.sampler.window, config.loss.guard) == (4, 4, True)
+    assert not preset_config("paper").loss.guard
+    schedule = build_schedule(shifted_sigmas(config.sampler.steps, 3.0), "sde", config.sampler.eta)
+    step = schedule.coefficients[:7]
+    plain = step.v_scale.abs() / step.std
+    assert float(plain[6] / plain[0]) == pytest.approx(12.3, abs=0.1)
+    guarded = plain * step.std / -step.dt
+    assert float(guarded.max() / guarded.min()) == pytest.approx(1.245, abs=0.01)
 
 
 def test_a_file_overrides_its_preset_key_by_key(tmp_path):
