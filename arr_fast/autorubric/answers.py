@@ -8,15 +8,31 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from arr_fast.autorubric.text_backend import AnswerKind, TextReply
 from arr_fast.errors import ArrFastError, MissingDependencyError
 from arr_fast.rubric import Level
 
 MAX_CRITERION = 400
+
+
+def _in_one_line(text: Any) -> Any:
+    """Any white space, as Python sees it, is one space; lengths are checked after that."""
+    return " ".join(text.split()) if isinstance(text, str) else text
+
+
 CriterionText = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=3, max_length=MAX_CRITERION)
+    str,
+    BeforeValidator(_in_one_line),
+    StringConstraints(min_length=3, max_length=MAX_CRITERION),
 ]
 _THINKING = re.compile(r"^.*?</think>", re.DOTALL)
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
@@ -98,7 +114,7 @@ def parse_criteria(reply: TextReply, limit: int, banned: tuple[str, ...] = ()) -
         form = normal_form(text)
         if form not in seen:
             seen.add(form)
-            texts.append(" ".join(text.split()))
+            texts.append(text)
     if not texts:
         raise AnswerError("no criterion that is new", reply.text)
     repeated = len(answer.criteria) - len(texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from arr_fast.autorubric.answers import (
@@ -71,6 +71,7 @@ def test_repetitions_banned_ones_and_surplus_are_counted() -> None:
         parse_criteria(TextReply('{"criteria": ["C is D."]}'), 2, ("c is d",))
 
 
+@example("\x1f00", '{"criteria": ["')
 @given(st.text(max_size=60), st.sampled_from(['{"criteria": ["', "", "{", "```json\n["]))
 def test_any_text_is_parsed_or_refused(text: str, head: str) -> None:
     try:
