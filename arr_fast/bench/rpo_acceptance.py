@@ -5,8 +5,10 @@
 
 Success is the pixel parser's, on held-out prompts at fixed noise; the judge rewards and the parser
 never does. Arms start from the LAST weights of the base generator and get the same wall time: RPO
-(recommended and paper presets), RPO on a shuffled reward, and more supervised training. Finished
-arms are kept as files, so the command can be interrupted and given again.
+as `arr-fast train --demo` does it, or by another `--recipe`; the paper's preset with the same
+sampler; the recipe on a shuffled reward; and more supervised training. All are evaluated from their
+last weights, averaged as a run averages them. Finished arms are kept as files, so the command can
+be interrupted and given again; two may run at once, on other arms or seeds.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from torch import Tensor
 from arr_fast.engine.config import resolve_compile
 from arr_fast.evals.intervals import resample_weights
 from arr_fast.integrations.rpo_reward import build_rewards
-from arr_fast.rpo.config import JudgeConfig, RunConfig, preset_config
+from arr_fast.rpo.config import RunConfig, preset_config, read_config
 from arr_fast.rpo.generation import generate_images
 from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
 from arr_fast.rpo.metrics import sample_grid
 from arr_fast.rpo.policies.shapes import ShapesPolicy
+from arr_fast.rpo.presets import demo_path
 from arr_fast.rpo.prompts import Prompt, load_prompts
 from arr_fast.rpo.schedule import shifted_sigmas
 from arr_fast.rpo.sde import build_schedule
@@ -59,7 +62,7 @@ class Setting:
     Attributes:
         out: Where results go.
         base: Directory of the base generator.
-        judge: Model of the judge.
+        recipe: What the arms by RPO do.
         minutes: Wall time of an arm.
         prompts: Held-out ones.
         steps: Of the evaluation's Euler sampler.
@@ -67,10 +70,10 @@ class Setting:
 
     out: Path
     base: Path
-    judge: str
+    recipe: RunConfig
     minutes: float
     prompts: Sequence[Prompt]
-    steps: int = 8
+    steps: int
 
     def images(self, policy: ShapesPolicy, candidates: int = 1) -> list[Image.Image]:
         """Images of the held-out prompts at fixed noise, candidates fastest."""
@@ -150,10 +153,12 @@ def agreement(setting: Setting, policy: ShapesPolicy, judge: SubmitJudge) -> dic
 
 def arm_config(arm: str, setting: Setting, seed: int) -> RunConfig:
     """The configuration of an RPO arm."""
-    preset: Any = "paper" if arm == "paper" else "recommended"
-    return preset_config(
-        preset,
-        output=str(setting.out / f"{arm}-{seed}"),
+    recipe = setting.recipe
+    if arm == "paper":
+        shared = recipe.sampler.model_dump(include={"steps", "trained", "window"})
+        recipe = preset_config("paper", sampler=shared)
+    return recipe.changed(
+        output=setting.out / f"{arm}-{seed}",
         seed=seed,
         iterations=100_000,
         max_minutes=setting.minutes,
@@ -171,28 +176,36 @@ def run_arm(arm: str, seed: int, setting: Setting, judge: SubmitJudge) -> dict[s
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return kept
     began = time.monotonic()
-    updates = 0
     if arm == "supervised":
         generator = continue_supervised(setting.base, seconds=60 * setting.minutes, seed=seed)
         policy = ShapesPolicy(generator, ShapesGenerator.load(setting.base)[1])
+        result = _evaluated(setting, policy, judge, setting.out / f"{arm}-{seed}.png")
     else:
         policy = ShapesPolicy.from_pretrained(setting.base)
-        updates = _train(arm, seed, setting, policy, judge)
-    images = setting.images(policy)
-    result = {
-        "arm": arm,
-        "seed": seed,
-        "seconds": time.monotonic() - began,
-        "updates": updates,
-        "success": setting.successes(images)[:, 0].tolist(),
-        **agreement(setting, policy, judge),
-    }
-    _grid(setting, images, setting.out / f"{arm}-{seed}.png")
+        trainer = _train(arm, seed, setting, policy, judge)
+        now = float(setting.successes(setting.images(policy)).mean())
+        assert trainer.updater.ema is not None
+        with trainer.updater.ema.applied():
+            result = _evaluated(setting, policy, judge, setting.out / f"{arm}-{seed}.png")
+        result |= {"updates": trainer.updater.version, "success_not_averaged": now}
+    seconds = time.monotonic() - began
+    result = {"arm": arm, "seed": seed, "minutes": setting.minutes, "seconds": seconds, **result}
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return result
 
 
-def _train(arm: str, seed: int, setting: Setting, policy: ShapesPolicy, judge: SubmitJudge) -> int:
+def _evaluated(
+    setting: Setting, policy: ShapesPolicy, judge: SubmitJudge, grid: Path
+) -> dict[str, Any]:
+    images = setting.images(policy)
+    _grid(setting, images, grid)
+    found = setting.successes(images)[:, 0].tolist()
+    return {"success": found, **agreement(setting, policy, judge)}
+
+
+def _train(
+    arm: str, seed: int, setting: Setting, policy: ShapesPolicy, judge: SubmitJudge
+) -> Trainer:
     from arr_fast.rpo.checkpoint import latest_checkpoint, list_checkpoints
 
     config = arm_config(arm, setting, seed)
@@ -204,7 +217,7 @@ def _train(arm: str, seed: int, setting: Setting, policy: ShapesPolicy, judge: S
     outcome = trainer.train()
     if outcome.interrupted and trainer.was_asked_to_stop:
         raise SystemExit(f"{arm} {seed} was interrupted; the same command goes on with it")
-    return outcome.updates
+    return trainer
 
 
 def _grid(setting: Setting, images: Sequence[Image.Image], path: Path) -> None:
@@ -244,7 +257,9 @@ def summarise(base: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[s
             "agreement_decided": [result["agreement_decided"] for result in own],
             "best_of_two": [result["best_of_two"] for result in own],
             "diversity": [result["diversity"] for result in own],
-            "updates": [result["updates"] for result in own],
+            "updates": [result.get("updates") for result in own],
+            "success_not_averaged": [result.get("success_not_averaged") for result in own],
+            "minutes": [result["minutes"] for result in own],
         }
     gates = {
         "base in range": BASE_RANGE[0] <= float(before.mean()) <= BASE_RANGE[1],
@@ -270,24 +285,29 @@ def markdown(summary: dict[str, Any]) -> str:
     """The table for a note."""
     base = summary["base"]
     lines = [
-        "| arm | success (mean of seeds) | gain over base, 95 % | judge-parser (decided) | "
-        "best of 2 | diversity |",
-        "|---|---|---|---|---|---|",
-        f"| base | {base['mean']:.1%} | | {_percent(base['agreement'])} "
+        "| arm | minutes | updates | success (each seed) | gain over base, 95 % | not averaged | "
+        "judge-parser (decided) | best of 2 | diversity |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| base | | | {base['mean']:.1%} | | | {_percent(base['agreement'])} "
         f"({base['agreement_decided']:.0%}) | "
         f"{base['best_of_two']:.1%} | {base['diversity']:.3f} |",
     ]
     for arm, row in summary["arms"].items():
-        known = [value for value in row["agreement"] if value is not None]
         lines.append(
-            f"| {arm} | {row['mean']:.1%} ({', '.join(f'{s:.1%}' for s in row['success'])}) | "
+            f"| {arm} | {_all(row['minutes'], '.0f')} | {_all(row['updates'], 'd')} | "
+            f"{row['mean']:.1%} ({_all(row['success'], '.1%')}) | "
             f"{row['gain']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}] | "
-            f"{_percent(float(np.mean(known)) if known else None)} "
-            f"({np.mean(row['agreement_decided']):.0%}) | "
+            f"{_all(row['success_not_averaged'], '.1%')} | "
+            f"{_all(row['agreement'], '.1%')} ({np.mean(row['agreement_decided']):.0%}) | "
             f"{np.mean(row['best_of_two']):.1%} | {np.mean(row['diversity']):.3f} |"
         )
     lines += [f"- {name}: {'met' if met else 'NOT met'}" for name, met in summary["gates"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _all(values: Sequence[float | None], form: str) -> str:
+    shown = ["-" if value is None else format(value, form) for value in values]
+    return shown[0] if len(set(shown)) == 1 else ", ".join(shown)
 
 
 def _percent(value: float | None) -> str:
@@ -304,11 +324,9 @@ def run(
     """Everything; writes summary.json, summary.md and grids."""
     setting.out.mkdir(parents=True, exist_ok=True)
     policy = ShapesPolicy.from_pretrained(setting.base)
-    images = setting.images(policy)
-    _grid(setting, images, setting.out / "base.png")
-    found = setting.successes(images)[:, 0].tolist()
-    base = {"success": found, **agreement(setting, policy, judge)}
-    say(f"base: success {np.mean(found):.1%}, judge-parser {_percent(base['agreement'])}")
+    base = _evaluated(setting, policy, judge, setting.out / "base.png")
+    success_of_base = float(np.mean(base["success"]))
+    say(f"base: success {success_of_base:.1%}, judge-parser {_percent(base['agreement'])}")
     results = []
     for seed in seeds:
         for arm in arms:
@@ -325,25 +343,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", type=Path, help="default: the bundled generator")
-    parser.add_argument("--judge", default="builtin:shapes")
+    parser.add_argument("--recipe", type=Path, default=demo_path(), help="default: the demo's")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--arms", default=",".join(ARMS), help="base: none, the base alone")
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=8, help="Euler steps of the evaluation")
+    parser.add_argument("--steps", type=int, help="of the Euler evaluation; default: of a rollout")
     args = parser.parse_args()
+    recipe = read_config(args.recipe)
     setting = Setting(
         out=args.out,
         base=args.base or generator_directory("shapes"),
-        judge=args.judge,
+        recipe=recipe,
         minutes=args.minutes,
         prompts=load_prompts("builtin:shapes-held-out", count=args.prompts),
-        steps=args.steps,
+        steps=args.steps or recipe.sampler.steps,
     )
-    # As in configs/demo_shapes.yaml: orders that disagree go by their mean, and pairs that meet the
-    # same criteria are ties.
-    section = JudgeConfig(model=args.judge, options={"inconsistent": "keep", "margin": 0.25})
-    judges, _, _ = build_rewards({"rubric": section}, [])
+    judges, _, _ = build_rewards(recipe.judges, [])
     seeds = [int(seed) for seed in args.seeds.split(",")]
     arms = [arm for arm in args.arms.split(",") if arm != "base"]
     summary = run(setting, arms, seeds, judges["rubric"])

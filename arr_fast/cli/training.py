@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,9 +75,9 @@ def sample(
         opt.quiet_libraries()
         settings = read_config(run / "config.yaml" if run.is_dir() else run)
         # One process draws, whatever trained.
-        settings = _changed(settings, shard=False)
+        settings = settings.changed(shard=False)
         if steps is not None:
-            settings = _changed(settings, evaluation={"steps": steps})
+            settings = settings.changed(evaluation={"steps": steps})
         policy = build_policy(settings, _device())
         if not base and (run.is_dir() or checkpoint is not None):
             _load_weights(policy, run, checkpoint, ema)
@@ -100,28 +99,18 @@ def _settings(
     config: Path | None, demo: bool, edit: bool, output: Path | None, iterations: int | None
 ) -> RunConfig:
     from arr_fast.rpo.config import read_config
+    from arr_fast.rpo.presets import demo_path
 
     if demo == (config is not None):
         raise ValueError("give a configuration file, or --demo")
     if config is None:
-        name = "demo_shapes_edit.yaml" if edit else "demo_shapes.yaml"
-        config = Path(str(resources.files("arr_fast.rpo") / "configs" / name))
+        config = demo_path("edit" if edit else "t2i")
     changes: dict[str, Any] = {}
     if output is not None:
         changes["output"] = output
     if iterations is not None:
         changes["iterations"] = iterations
-    return _changed(read_config(config), **changes)
-
-
-def _changed(settings: RunConfig, **changes: Any) -> RunConfig:
-    """The configuration with fields replaced; of sections, single keys."""
-    from arr_fast.rpo.config import RunConfig
-
-    data = settings.model_dump()
-    for key, value in changes.items():
-        data[key] = {**data[key], **value} if isinstance(value, dict) else value
-    return RunConfig.model_validate(data)
+    return read_config(config).changed(**changes)
 
 
 def _device() -> str:

@@ -382,6 +382,14 @@ class RunConfig(_Section):
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
         return text
 
+    def changed(self, **changes: Any) -> RunConfig:
+        """With fields replaced; of sections given as mappings, single keys.
+
+        Raises:
+            pydantic.ValidationError: An unknown key, or a value out of its range.
+        """
+        return RunConfig.model_validate(_merged(self.model_dump(), changes))
+
     def save(self, path: Path) -> None:
         """Writes the resolved configuration."""
         path.parent.mkdir(parents=True, exist_ok=True)

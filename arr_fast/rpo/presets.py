@@ -8,6 +8,8 @@ at the seventh step as at the first; times S / -dt, as GRPO-Guard has it, all ar
 
 from __future__ import annotations
 
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,3 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimiser": {"lr": 5e-5, "grad_clip": 1.0},
     },
 }
+
+
+def demo_path(task: str = "t2i") -> Path:
+    """The configuration of `arr-fast train --demo`, or with --edit, for "edit"."""
+    name = "demo_shapes_edit.yaml" if task == "edit" else "demo_shapes.yaml"
+    return Path(str(resources.files("arr_fast.rpo") / "configs" / name))

@@ -3,6 +3,10 @@
 Text-to-image: a caption of two objects and a background. Editing: a source picture and an
 instruction that recolours one of its objects or the background. About a quarter of the pictures do
 NOT show what their text says, so that there is something left to learn from a reward.
+
+Layouts: on "columns", the domain of the prompts, the first object of a caption stands left and the
+second right; on "grid" they stand anywhere. A generator that
+began on the grid converges on columns.
 """
 
 from __future__ import annotations
@@ -32,10 +36,14 @@ from arr_fast.shapes.scene import (
 )
 
 GeneratorTask = Literal["t2i", "edit"]
+Layout = Literal["columns", "grid"]
 Kind = tuple[str, str]
 OBJECTS = 2
-# Free space around an object, as a fraction of the side; two objects are never closer.
+# Free space around an object on the grid, as a fraction of the side.
 MARGIN = 0.01
+# On columns: where the centres are, as corners of the latents' grid.
+COLUMNS = (2, 6)
+ROWS = (1, 3, 5, 7)
 WRONG_SHARE = 0.25
 # One pair of kinds in so many is held out: no training caption names it.
 HELD_OUT_EVERY = 8
@@ -74,29 +82,55 @@ def _kinds(rng: np.random.Generator, split: Split) -> tuple[Kind, ...]:
             return chosen
 
 
-def scene_of(rng: np.random.Generator, kinds: tuple[Kind, ...], background: str) -> Scene:
-    """A scene of these objects, small ones at free corners of the latents' grid.
+def scene_of(
+    rng: np.random.Generator, kinds: tuple[Kind, ...], background: str, layout: Layout = "columns"
+) -> Scene:
+    """A scene of these objects, all small and around corners of the latents' grid.
 
     There a shape is one pattern of four tokens: what a generator of this size has to learn is which
     objects to draw, and not to draw them at any fraction of a pixel.
+
+    Raises:
+        ValueError: More objects than columns.
     """
-    radius = RADII["small"]
+    if layout == "grid":
+        return _on_grid(rng, kinds, background)
+    if len(kinds) > len(COLUMNS):
+        raise ValueError(f"{len(kinds)} objects, expected at most {len(COLUMNS)} on columns")
+    rows = rng.choice(ROWS, len(kinds))
+    objects = tuple(
+        _object(kind, column, int(row))
+        for kind, column, row in zip(kinds, COLUMNS, rows, strict=False)
+    )
+    return Scene(objects, background)
+
+
+def _on_grid(rng: np.random.Generator, kinds: tuple[Kind, ...], background: str) -> Scene:
     while True:
         objects: tuple[SceneObject, ...] = ()
-        for colour, shape in kinds:
-            x, y = (int(rng.integers(1, GRID)) / GRID for _ in range(2))
-            if any(math.hypot(x - o.x, y - o.y) <= 2 * (radius + MARGIN) for o in objects):
+        for kind in kinds:
+            new = _object(kind, *(int(rng.integers(1, GRID)) for _ in range(2)))
+            if any(
+                math.hypot(new.x - o.x, new.y - o.y) <= 2 * (o.radius + MARGIN) for o in objects
+            ):
                 break
-            objects = (*objects, SceneObject(shape, colour, "small", x, y, radius))
+            objects = (*objects, new)
         if len(objects) == len(kinds):
             return Scene(objects, background)
 
 
-def sample_item(rng: np.random.Generator, task: GeneratorTask) -> GeneratorItem:
+def _object(kind: Kind, column: int, row: int) -> SceneObject:
+    colour, shape = kind
+    return SceneObject(shape, colour, "small", column / GRID, row / GRID, RADII["small"])
+
+
+def sample_item(
+    rng: np.random.Generator, task: GeneratorTask, layout: Layout = "columns"
+) -> GeneratorItem:
     """One training item; a wrong one differs from its text in one thing."""
     is_right = bool(rng.random() >= WRONG_SHARE)
     kinds = _kinds(rng, "train")
-    scene = scene_of(rng, kinds, sample_background(rng))
+    scene = scene_of(rng, kinds, sample_background(rng), layout)
     if task == "t2i":
         text = Caption(kinds, background=scene.background).text(rng)
         return GeneratorItem(text, scene if is_right else _spoiled(rng, scene), None, is_right)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from arr_fast.shapes import weights_directory
 from arr_fast.shapes.generator import ShapesGenerator, word_ids
-from arr_fast.shapes.generator_data import GeneratorTask, sample_item, sample_prompts
+from arr_fast.shapes.generator_data import GeneratorTask, Layout, sample_item, sample_prompts
 from arr_fast.shapes.latents import TOKENS, PatchCode
 from arr_fast.shapes.optimise import Optimiser
 from arr_fast.shapes.parser import success
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 CODE_PICTURES = 2000
 # Share of the steps after which the first of the two compared weights is kept.
 EARLIER = 0.8
+# Euler steps of the sampler that judges a generator.
+SAMPLER_STEPS = 3
 # Of the noise levels' log-odds: what a picture shows is decided at high ones.
 NOISE_MEAN = 0.8
 
@@ -53,6 +55,7 @@ class Plan:
 
     Attributes:
         task: "t2i" or "edit".
+        layout: Where objects stand; see `generator_data`.
         seed: Seeds weights and data.
         steps: Optimizer steps.
         batch: Pictures per step and worker.
@@ -67,6 +70,7 @@ class Plan:
     """
 
     task: GeneratorTask = "t2i"
+    layout: Layout = "columns"
     seed: int = 0
     steps: int = 5000
     batch: int = 24
@@ -85,19 +89,26 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT came; the state is on disk."""
 
 
-def fit_code(seed: int) -> PatchCode:
+def fit_code(seed: int, layout: Layout = "columns") -> PatchCode:
     """The latents' code, from pictures of the training distribution."""
     rng = np.random.default_rng([seed, 7])
-    return PatchCode.fit([render(sample_item(rng, "t2i").target) for _ in range(CODE_PICTURES)])
+    items = [sample_item(rng, "t2i", layout) for _ in range(CODE_PICTURES)]
+    return PatchCode.fit([render(item.target) for item in items])
 
 
 Batch = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
 
-def draw_batch(rng: np.random.Generator, code: PatchCode, task: GeneratorTask, count: int) -> Batch:
+def draw_batch(
+    rng: np.random.Generator,
+    code: PatchCode,
+    task: GeneratorTask,
+    count: int,
+    layout: Layout = "columns",
+) -> Batch:
     """What `flow_loss` reads: word ids [B, L], clean latents [B, 64, 48], source latents or None,
     logit-normal noise levels [B] (Esser et al., 2024) and noise [B, 64, 48]."""
-    items = [sample_item(rng, task) for _ in range(count)]
+    items = [sample_item(rng, task, layout) for _ in range(count)]
     ids = word_ids([item.text for item in items])
     clean = code.encode([render(item.target) for item in items])
     sources = [render(item.source) for item in items if item.source is not None]
@@ -176,7 +187,7 @@ class Run:
         self.generator = ShapesGenerator(plan.task, plan.seed)
         self.averaged = ShapesGenerator(plan.task, plan.seed)
         if init_from is None:
-            self.code = fit_code(plan.seed)
+            self.code = fit_code(plan.seed, plan.layout)
         else:
             trained, self.code = ShapesGenerator.load(init_from)
             for model in (self.generator, self.averaged):
@@ -212,7 +223,8 @@ class Run:
         began = time.monotonic()
         for step in range(self.first, plan.steps):
             rng = np.random.default_rng([plan.seed, 11, step, self.rank])
-            loss = self._loss(*draw_batch(rng, self.code, plan.task, plan.batch))
+            batch = draw_batch(rng, self.code, plan.task, plan.batch, plan.layout)
+            loss = self._loss(*batch)
             loss.backward()
             value, stop = average_gradients(
                 self.optimiser.parameters, [float(loss.detach()), float(self._stop)]
@@ -257,7 +269,12 @@ class Run:
 
 
 def held_out_success(
-    generator: ShapesGenerator, code: PatchCode, count: int, *, seed: int = 1234, steps: int = 8
+    generator: ShapesGenerator,
+    code: PatchCode,
+    count: int,
+    *,
+    seed: int = 1234,
+    steps: int = SAMPLER_STEPS,
 ) -> list[float]:
     """1.0 or 0.0 for each of `count` held-out prompts at fixed noise, by the pixel parser."""
     prompts = list(sample_prompts(count, seed=0, split="held_out", task=generator.task))
@@ -333,6 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--task", choices=("t2i", "edit"), default=default.task)
+    parser.add_argument("--layout", choices=("columns", "grid"), default=default.layout)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init-from", type=Path, help="directory of a saved generator")
     parser.add_argument("--no-compile", action="store_true")
@@ -353,6 +371,7 @@ def main() -> None:
         return
     plan = Plan(
         task=args.task,
+        layout=args.layout,
         seed=args.seed,
         steps=args.steps,
         batch=args.batch,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,15 @@ from arr_fast.rpo.policies.shapes import ShapesPolicy
 from arr_fast.rubric import Rubric
 from arr_fast.shapes import generator_directory, train_generator
 from arr_fast.shapes.caption_reading import read_caption
+from arr_fast.shapes.captions import Caption
 from arr_fast.shapes.generator import ShapesGenerator, word_ids
-from arr_fast.shapes.generator_data import pair_split, sample_item, sample_prompts
+from arr_fast.shapes.generator_data import (
+    MARGIN,
+    pair_split,
+    sample_item,
+    sample_prompts,
+    scene_of,
+)
 from arr_fast.shapes.parser import satisfies, success
 from arr_fast.shapes.render import render
 from arr_fast.shapes.run_state import load_state
@@ -41,6 +50,32 @@ def test_wrong_edits_do_something_else():
     pictures = [[render(s) for s in (item.target, item.source)] for item in items]
     found = success([i.text for i in items], [a for a, _ in pictures], [b for _, b in pictures])
     assert [bool(value) for value in found] == [item.is_right for item in items]
+
+
+def test_on_columns_objects_stand_in_the_order_of_the_caption():
+    rng = np.random.default_rng(0)
+    items = [sample_item(rng, "t2i") for _ in range(100)]
+    right = [item for item in items if item.is_right]
+    assert all(scene.objects[0].x < scene.objects[1].x for scene in (i.target for i in items))
+    assert all(read_caption(i.text).kinds == tuple(o.kind for o in i.target.objects) for i in right)
+    assert {o.y for item in items for o in item.target.objects} == {1 / 8, 3 / 8, 5 / 8, 7 / 8}
+    kinds = (("red", "circle"), ("blue", "ring"), ("green", "cross"))
+    with pytest.raises(ValueError, match="3 objects, expected at most 2"):
+        scene_of(rng, kinds, "white")
+
+
+def test_on_the_grid_objects_stand_anywhere_and_apart():
+    rng = np.random.default_rng(0)
+    kinds = (("red", "circle"), ("blue", "ring"), ("green", "cross"))
+    scenes = [scene_of(rng, kinds, "white", "grid") for _ in range(60)]
+    assert {o.x for scene in scenes for o in scene.objects} == {n / 8 for n in range(1, 8)}
+    assert all(satisfies(scene, Caption(kinds, background="white")) for scene in scenes)
+    gaps = [
+        np.hypot(a.x - b.x, a.y - b.y) - a.radius - b.radius
+        for scene in scenes
+        for a, b in itertools.combinations(scene.objects, 2)
+    ]
+    assert min(gaps) >= 2 * MARGIN
 
 
 def test_held_out_prompts_share_no_pair_of_objects_with_training():
@@ -97,7 +132,7 @@ class Killed(Exception):
 
 
 def test_pretraining_resumes_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_generator, "fit_code", lambda seed: CODE)
+    monkeypatch.setattr(train_generator, "fit_code", lambda seed, layout: CODE)
     monkeypatch.setattr(
         train_generator, "ShapesGenerator", lambda task, seed: small_generator(task, moves=False)
     )

@@ -164,8 +164,8 @@ def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, edit):
 
     def shortened(*arguments):
         settings = read(*arguments)
-        return training._changed(
-            settings, rollout={"pairs": 8}, evaluation={"count": 4}, prompts={"count": 40}
+        return settings.changed(
+            rollout={"pairs": 8}, evaluation={"count": 4}, prompts={"count": 40}
         )
 
     monkeypatch.setattr(training, "_settings", shortened)

@@ -232,8 +232,8 @@ def test_a_captions_words_for_objects_know_which_picture_shows_them():
     maker = BatchMaker(build_tokenizer())
     rng = np.random.default_rng(0)
     red, blue, star = ("red", "circle"), ("blue", "square"), ("green", "star")
-    both = scene_of(rng, (red, red, blue), "white")
-    scenes = (both, scene_of(rng, (red, blue, star), "white"))
+    both = scene_of(rng, (red, red, blue), "white", "grid")
+    scenes = (both, scene_of(rng, (red, blue, star), "white", "grid"))
     context = Context(caption=Caption((red, red, blue)))
     text = "two red circles and a blue square"
     example = Example(text, context, scenes, choose_criteria(rng, scenes, context, "train", 4, {}))
