@@ -30,6 +30,7 @@ from torch import Tensor
 from arr_fast.engine.config import resolve_compile
 from arr_fast.evals.intervals import resample_weights
 from arr_fast.integrations.rpo_reward import build_rewards
+from arr_fast.rpo.building import build_evaluation_schedule
 from arr_fast.rpo.config import RunConfig, preset_config, read_config
 from arr_fast.rpo.generation import generate_images
 from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
@@ -37,8 +38,6 @@ from arr_fast.rpo.metrics import sample_grid
 from arr_fast.rpo.policies.shapes import ShapesPolicy
 from arr_fast.rpo.presets import demo_path
 from arr_fast.rpo.prompts import Prompt, load_prompts
-from arr_fast.rpo.schedule import shifted_sigmas
-from arr_fast.rpo.sde import build_schedule
 from arr_fast.rpo.trainer import Parts, Trainer
 from arr_fast.shapes import generator_directory
 from arr_fast.shapes.generator import ShapesGenerator
@@ -77,7 +76,8 @@ class Setting:
 
     def images(self, policy: ShapesPolicy, candidates: int = 1) -> list[Image.Image]:
         """Images of the held-out prompts at fixed noise, candidates fastest."""
-        schedule = build_schedule(shifted_sigmas(self.steps, 3.0), "ode")
+        recipe = self.recipe.changed(evaluation={"kind": "ode", "steps": self.steps})
+        schedule = build_evaluation_schedule(recipe, policy)
         texts = [prompt.text for prompt in self.prompts]
         ids = [prompt.id for prompt in self.prompts]
         return generate_images(
@@ -155,7 +155,7 @@ def arm_config(arm: str, setting: Setting, seed: int) -> RunConfig:
     """The configuration of an RPO arm."""
     recipe = setting.recipe
     if arm == "paper":
-        shared = recipe.sampler.model_dump(include={"steps", "trained", "window"})
+        shared = recipe.sampler.model_dump(include={"steps", "shift", "trained", "window"})
         recipe = preset_config("paper", sampler=shared)
     return recipe.changed(
         output=setting.out / f"{arm}-{seed}",
@@ -348,7 +348,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--arms", default=",".join(ARMS), help="base: none, the base alone")
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--steps", type=int, help="of the Euler evaluation; default: of a rollout")
+    parser.add_argument(
+        "--steps", type=int, help="Euler steps of the evaluation; default: the recipe's"
+    )
     args = parser.parse_args()
     recipe = read_config(args.recipe)
     setting = Setting(
@@ -357,7 +359,7 @@ def main() -> None:
         recipe=recipe,
         minutes=args.minutes,
         prompts=load_prompts("builtin:shapes-held-out", count=args.prompts),
-        steps=args.steps or recipe.sampler.steps,
+        steps=args.steps or recipe.evaluation.steps,
     )
     judges, _, _ = build_rewards(recipe.judges, [])
     seeds = [int(seed) for seed in args.seeds.split(",")]

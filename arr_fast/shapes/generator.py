@@ -52,7 +52,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "axes_dims_rope": (8, 12, 12),
 }
 # Of the sampling schedule: sigma = shift t / (1 + (shift - 1) t).
-SHIFT = 3.0
+SHIFT = 4.0
 FILES = ("generator.json", "words.safetensors", "code.safetensors")
 
 

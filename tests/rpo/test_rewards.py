@@ -194,7 +194,7 @@ def test_arms_share_the_recipes_sampler(tmp_path, arm):
     assert (found.sampler.steps, found.sampler.trained, found.sampler.window) == (3, 2, 2)
     own = recipe if arm == "recommended" else preset_config("paper")
     assert (found.loss, found.optimiser, found.rollout) == (own.loss, own.optimiser, own.rollout)
-    assert found.sampler.kind == own.sampler.kind
+    assert (found.sampler.kind, found.sampler.shift) == (own.sampler.kind, recipe.sampler.shift)
 
 
 def test_a_shuffled_reward_keeps_the_number_of_verdicts_only():

@@ -137,7 +137,7 @@ class ShapesPolicy:
         return self.code.decode(latents)
 
     def sigmas(self, steps: int) -> Tensor:
-        """The linear schedule with shift 3."""
+        """The linear schedule with the generator's own shift."""
         return shifted_sigmas(steps, SHIFT)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
