@@ -3,12 +3,12 @@
     python -m arr_fast.bench.rpo_acceptance --out RESULTS [--minutes 20] [--seeds 0,1,2]
     python -m arr_fast.bench.rpo_acceptance --out RESULTS --arms base    # nothing is trained
 
-Success is the pixel parser's, on held-out prompts at fixed noise; the judge rewards and the parser
-never does. Arms start from the LAST weights of the base generator and get the same wall time: RPO
-as `arr-fast train --demo` does it, or by another `--recipe`; the paper's preset with the same
-sampler; the recipe on a shuffled reward; and more supervised training. All are evaluated from their
-last weights, averaged as a run averages them. Finished arms are kept as files, so the command can
-be interrupted and given again; two may run at once, on other arms or seeds.
+Success is the pixel parser's, on four images of each held-out prompt at fixed noise; the judge
+rewards and the parser never does. Arms start from the LAST weights of the base generator and get
+the same wall time: RPO as `arr-fast train --demo` does it, or by another `--recipe`; the paper's
+preset with the same sampler; the recipe on a shuffled reward; and more supervised training. All are
+evaluated from their last weights, averaged as a run averages them. Finished arms are kept as files,
+so the command can be interrupted and given again; two may run at once, on other arms or seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ from arr_fast.shapes.train_generator import continue_supervised
 
 SCHEMA = 1
 RESAMPLES = 10_000
-NOISE_SEED = 2024
+# Images per prompt whose success is counted.
+SAMPLES = 4
 ARMS = ("recommended", "paper", "shuffled", "supervised")
 # Gain over the base and the lower end of its interval; lead over supervised; gain of the shuffled.
 LEAST_GAIN, LEAST_LOW, LEAST_LEAD, MOST_SHUFFLED = 0.15, 0.08, 0.07, 0.03
@@ -81,7 +83,14 @@ class Setting:
         texts = [prompt.text for prompt in self.prompts]
         ids = [prompt.id for prompt in self.prompts]
         return generate_images(
-            policy, texts, None, ids, schedule, seed=NOISE_SEED, candidates=candidates, batch=50
+            policy,
+            texts,
+            None,
+            ids,
+            schedule,
+            seed=recipe.evaluation.seed,
+            candidates=candidates,
+            batch=50,
         )
 
     def successes(self, images: Sequence[Image.Image], per_prompt: int = 1) -> np.ndarray:
@@ -109,16 +118,22 @@ class ShuffledJudge:
         return future
 
 
-def agreement(setting: Setting, policy: ShapesPolicy, judge: SubmitJudge) -> dict[str, Any]:
+def agreement(
+    setting: Setting, images: Sequence[Image.Image], found: np.ndarray, judge: SubmitJudge
+) -> dict[str, Any]:
     """What the judge makes of a policy's own outputs.
+
+    Args:
+        setting: For its prompts.
+        images: Two per prompt, candidates fastest.
+        found: [P, 2], their success.
+        judge: The reward.
 
     Returns:
         Over the pairs of which one image succeeds and one fails: their number, the share that the
         judge decides, and how often it then agrees with the parser. Over all pairs: the success of
         the judge's choice of two (a tie takes the first), and the mean pixel distance of the two.
     """
-    images = setting.images(policy, 2)
-    found = setting.successes(images, 2)
     pairs = list(zip(images[0::2], images[1::2], strict=True))
     wins = []
     for first in range(0, len(pairs), 50):
@@ -170,11 +185,7 @@ def arm_config(arm: str, setting: Setting, seed: int) -> RunConfig:
 
 
 def run_arm(arm: str, seed: int, setting: Setting, judge: SubmitJudge) -> dict[str, Any]:
-    """Trains an arm, or goes on with it, and evaluates it; the result is kept as a file."""
-    path = setting.out / f"{arm}-{seed}.json"
-    if path.is_file():
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return kept
+    """Trains an arm, or goes on with it, and evaluates it."""
     began = time.monotonic()
     if arm == "supervised":
         generator = continue_supervised(setting.base, seconds=60 * setting.minutes, seed=seed)
@@ -183,24 +194,41 @@ def run_arm(arm: str, seed: int, setting: Setting, judge: SubmitJudge) -> dict[s
     else:
         policy = ShapesPolicy.from_pretrained(setting.base)
         trainer = _train(arm, seed, setting, policy, judge)
-        now = float(setting.successes(setting.images(policy)).mean())
+        now = float(setting.successes(setting.images(policy, SAMPLES)).mean())
         assert trainer.updater.ema is not None
         with trainer.updater.ema.applied():
             result = _evaluated(setting, policy, judge, setting.out / f"{arm}-{seed}.png")
         result |= {"updates": trainer.updater.version, "success_not_averaged": now}
     seconds = time.monotonic() - began
-    result = {"arm": arm, "seed": seed, "minutes": setting.minutes, "seconds": seconds, **result}
+    return {"arm": arm, "seed": seed, "minutes": setting.minutes, "seconds": seconds, **result}
+
+
+def _kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, or what is computed and then kept there."""
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    result = compute()
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return result
+
+
+def _evaluated_base(setting: Setting, judge: SubmitJudge) -> dict[str, Any]:
+    policy = ShapesPolicy.from_pretrained(setting.base)
+    return _evaluated(setting, policy, judge, setting.out / "base.png")
 
 
 def _evaluated(
     setting: Setting, policy: ShapesPolicy, judge: SubmitJudge, grid: Path
 ) -> dict[str, Any]:
-    images = setting.images(policy)
-    _grid(setting, images, grid)
-    found = setting.successes(images)[:, 0].tolist()
-    return {"success": found, **agreement(setting, policy, judge)}
+    images = setting.images(policy, SAMPLES)
+    found = setting.successes(images, SAMPLES)
+    _grid(setting, images[::SAMPLES], found[:, 0], grid)
+    pairs = [image for n, image in enumerate(images) if n % SAMPLES < 2]
+    return {
+        "success": found.mean(1).tolist(),
+        **agreement(setting, pairs, found[:, :2], judge),
+    }
 
 
 def _train(
@@ -220,10 +248,9 @@ def _train(
     return trainer
 
 
-def _grid(setting: Setting, images: Sequence[Image.Image], path: Path) -> None:
+def _grid(setting: Setting, images: Sequence[Image.Image], found: np.ndarray, path: Path) -> None:
     count = min(24, len(images))
-    found = setting.successes(images)[:count, 0]
-    marks = [["right" if ok else "wrong"] for ok in found]
+    marks = [["right" if ok else "wrong"] for ok in found[:count]]
     texts = [prompt.text for prompt in setting.prompts[:count]]
     sample_grid([[image] for image in images[:count]], texts, marks).save(path)
 
@@ -323,14 +350,14 @@ def run(
 ) -> dict[str, Any]:
     """Everything; writes summary.json, summary.md and grids."""
     setting.out.mkdir(parents=True, exist_ok=True)
-    policy = ShapesPolicy.from_pretrained(setting.base)
-    base = _evaluated(setting, policy, judge, setting.out / "base.png")
+    base = _kept(setting.out / "base.json", lambda: _evaluated_base(setting, judge))
     success_of_base = float(np.mean(base["success"]))
     say(f"base: success {success_of_base:.1%}, judge-parser {_percent(base['agreement'])}")
     results = []
     for seed in seeds:
         for arm in arms:
-            results.append(run_arm(arm, seed, setting, judge))
+            path = setting.out / f"{arm}-{seed}.json"
+            results.append(_kept(path, partial(run_arm, arm, seed, setting, judge)))
             say(f"{arm} seed {seed}: success {np.mean(results[-1]['success']):.1%}")
     summary = summarise(base, results)
     (setting.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
