@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ from arr_fast.shapes.train_generator import continue_supervised
 
 SCHEMA = 1
 RESAMPLES = 10_000
+# Prompts on a picture.
+SHOWN = 24
 # Images per prompt whose success is counted.
 SAMPLES = 4
 ARMS = ("recommended", "paper", "shuffled", "supervised")
@@ -194,7 +196,7 @@ def run_arm(arm: str, seed: int, setting: Setting, judge: SubmitJudge) -> dict[s
     else:
         policy = ShapesPolicy.from_pretrained(setting.base)
         trainer = _train(arm, seed, setting, policy, judge)
-        now = float(setting.successes(setting.images(policy, SAMPLES)).mean())
+        now = float(setting.successes(setting.images(policy, SAMPLES), SAMPLES).mean())
         assert trainer.updater.ema is not None
         with trainer.updater.ema.applied():
             result = _evaluated(setting, policy, judge, setting.out / f"{arm}-{seed}.png")
@@ -223,7 +225,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     images = setting.images(policy, SAMPLES)
     found = setting.successes(images, SAMPLES)
-    _grid(setting, images[::SAMPLES], found[:, 0], grid)
+    _grid(setting, images[::SAMPLES], grid)
     pairs = [image for n, image in enumerate(images) if n % SAMPLES < 2]
     return {
         "success": found.mean(1).tolist(),
@@ -248,11 +250,23 @@ def _train(
     return trainer
 
 
-def _grid(setting: Setting, images: Sequence[Image.Image], found: np.ndarray, path: Path) -> None:
-    count = min(24, len(images))
-    marks = [["right" if ok else "wrong"] for ok in found[:count]]
-    texts = [prompt.text for prompt in setting.prompts[:count]]
-    sample_grid([[image] for image in images[:count]], texts, marks).save(path)
+def _grid(setting: Setting, images: Sequence[Image.Image], path: Path) -> None:
+    """The base's images of the first prompts beside these, four columns of six prompts."""
+    shown = replace(setting, prompts=setting.prompts[:SHOWN])
+    before = shown.images(ShapesPolicy.from_pretrained(setting.base))
+    rows = list(zip(before, images[: len(before)], strict=True))
+    found = shown.successes([image for row in rows for image in row], 2)
+    marks = [["right" if ok else "wrong" for ok in row] for row in found]
+    texts = [prompt.text for prompt in shown.prompts]
+    columns = [
+        sample_grid(rows[first : first + 6], texts[first : first + 6], marks[first : first + 6])
+        for first in range(0, len(rows), 6)
+    ]
+    width = columns[0].width
+    sheet = Image.new("RGB", (width * len(columns), columns[0].height), "white")
+    for number, column in enumerate(columns):
+        sheet.paste(column, (width * number, 0))
+    sheet.save(path)
 
 
 def paired(after: np.ndarray, before: np.ndarray) -> dict[str, float]:

@@ -10,14 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from arr_fast.bench.rpo_acceptance import (
-    Setting,
-    ShuffledJudge,
-    arm_config,
-    markdown,
-    paired,
-    summarise,
-)
 from arr_fast.integrations.rpo_reward import (
     LocalComparer,
     RemoteComparer,
@@ -27,10 +19,8 @@ from arr_fast.integrations.rpo_reward import (
     judgement_of,
 )
 from arr_fast.provenance import Provenance
-from arr_fast.rpo.config import preset_config, read_config
 from arr_fast.rpo.evaluation import diverges
-from arr_fast.rpo.judging import Judgement, JudgeRequest
-from arr_fast.rpo.presets import demo_path
+from arr_fast.rpo.judging import JudgeRequest
 from arr_fast.rpo.prompts import Prompt, PromptWalk, load_prompts
 from arr_fast.verdicts import group_verdicts, pair_verdicts
 
@@ -162,43 +152,3 @@ def test_divergence_needs_both_directions():
     assert not diverges([(0.5, 0.4), (0.6, 0.5), (0.7, 0.6)], 3)
     assert not diverges([(0.7, 0.6), (0.6, 0.5), (0.5, 0.4)], 3)
     assert not diverges([(0.5, 0.6), (0.6, 0.5)], 3)
-
-
-def test_the_table_compares_pair_by_pair():
-    seen = {"agreement": 0.95, "agreement_decided": 0.8, "best_of_two": 0.6, "diversity": 0.1}
-    base = {"success": [0.0, 1.0] * 100, **seen}
-    after = [1.0 if n % 4 == 0 else s for n, s in enumerate(base["success"])]
-    rest = {**seen, "updates": 5, "minutes": 1.0}
-    results = [
-        {"arm": "recommended", "seed": 0, "success": after, **rest},
-        {"arm": "supervised", "seed": 0, "success": base["success"], **rest},
-        {"arm": "shuffled", "seed": 0, "success": base["success"], **rest},
-    ]
-    summary = summarise(base, results)
-    assert summary["arms"]["recommended"]["gain"] == pytest.approx(0.25)
-    assert summary["arms"]["recommended"]["low"] > 0.15
-    assert summary["arms"]["supervised"]["low"] == summary["arms"]["supervised"]["high"] == 0
-    assert all(summary["gates"].values())
-    assert "| recommended | 1 | 5 | 75.0% (75.0%) | +25.0%" in markdown(summary)
-    gain = paired(np.array(base["success"]), np.array(base["success"]))
-    assert gain == {"gain": 0.0, "low": 0.0, "high": 0.0}
-
-
-@pytest.mark.parametrize("arm", ["recommended", "paper"])
-def test_arms_share_the_recipes_sampler(tmp_path, arm):
-    """Both presets are compared on the trajectories that the evaluation's steps are of."""
-    recipe = read_config(demo_path())
-    setting = Setting(tmp_path, tmp_path, recipe, minutes=3.0, prompts=(), steps=3)
-    found = arm_config(arm, setting, 5)
-    assert (found.seed, found.max_minutes, found.output) == (5, 3.0, tmp_path / f"{arm}-5")
-    assert (found.sampler.steps, found.sampler.trained, found.sampler.window) == (3, 2, 2)
-    own = recipe if arm == "recommended" else preset_config("paper")
-    assert (found.loss, found.optimiser, found.rollout) == (own.loss, own.optimiser, own.rollout)
-    assert (found.sampler.kind, found.sampler.shift) == (own.sampler.kind, recipe.sampler.shift)
-
-
-def test_a_shuffled_reward_keeps_the_number_of_verdicts_only():
-    wins = Judgement.from_pairs([1.0, 1.0, 1.0, 1.0, 0.0, 0.0] * 4)
-    shuffled = ShuffledJudge(lambda request: done(wins), 0)(request(24)).result().wins
-    assert int((shuffled[:, 0, 1] != 0).sum()) == 16
-    assert set(shuffled[:, 0, 1].tolist()) == {1.0, -1.0, 0.0}
