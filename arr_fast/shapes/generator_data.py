@@ -5,8 +5,8 @@ instruction that recolours one of its objects or the background. About a quarter
 NOT show what their text says, so that there is something left to learn from a reward.
 
 Layouts: on "columns", the domain of the prompts, the first object of a caption stands left and the
-second right; on "grid" they stand anywhere. A generator that
-began on the grid converges on columns.
+second right; on "grid" they stand anywhere. A generator that began on the grid converges on
+columns.
 """
 
 from __future__ import annotations
