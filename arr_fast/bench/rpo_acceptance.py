@@ -8,16 +8,19 @@ rewards and the parser never does. Arms start from the LAST weights of the base 
 the same wall time: RPO as `arr-fast train --demo` does it, or by another `--recipe`; the paper's
 preset with the same sampler; the recipe on a shuffled reward; and more supervised training. All are
 evaluated from their last weights, averaged as a run averages them. Finished arms are kept as files,
-so the command can be interrupted and given again; two may run at once, on other arms or seeds.
+so the command can be interrupted and given again; two may run at once, on other arms or seeds. A
+result that was made with other settings is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +32,15 @@ from PIL import Image
 from torch import Tensor
 
 from arr_fast.engine.config import resolve_compile
+from arr_fast.errors import ArrFastError
 from arr_fast.evals.intervals import resample_weights
 from arr_fast.integrations.rpo_reward import build_rewards
-from arr_fast.rpo.building import build_evaluation_schedule
+from arr_fast.rpo.building import build_evaluation_schedule, build_policy
 from arr_fast.rpo.config import RunConfig, preset_config, read_config
 from arr_fast.rpo.generation import generate_images
 from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
 from arr_fast.rpo.metrics import sample_grid
+from arr_fast.rpo.policies.base import Policy
 from arr_fast.rpo.policies.shapes import ShapesPolicy
 from arr_fast.rpo.presets import demo_path
 from arr_fast.rpo.prompts import Prompt, load_prompts
@@ -78,7 +83,18 @@ class Setting:
     prompts: Sequence[Prompt]
     steps: int
 
-    def images(self, policy: ShapesPolicy, candidates: int = 1) -> list[Image.Image]:
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result depends on, beside arm and seed."""
+        recipe = hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest()[:16]
+        evaluated = {"steps": self.steps, "prompts": len(self.prompts), "samples": SAMPLES}
+        return {"base": str(self.base), "recipe": recipe, **evaluated}
+
+    def base_policy(self) -> Policy:
+        """The generator that every arm starts from, as the recipe loads it."""
+        return build_policy(self.recipe.changed(policy={"model": str(self.base)}), "cpu")
+
+    def images(self, policy: Policy, candidates: int = 1) -> list[Image.Image]:
         """Images of the held-out prompts at fixed noise, candidates fastest."""
         recipe = self.recipe.changed(evaluation={"kind": "ode", "steps": self.steps})
         schedule = build_evaluation_schedule(recipe, policy)
@@ -194,35 +210,44 @@ def run_arm(arm: str, seed: int, setting: Setting, judge: SubmitJudge) -> dict[s
         policy = ShapesPolicy(generator, ShapesGenerator.load(setting.base)[1])
         result = _evaluated(setting, policy, judge, setting.out / f"{arm}-{seed}.png")
     else:
-        policy = ShapesPolicy.from_pretrained(setting.base)
-        trainer = _train(arm, seed, setting, policy, judge)
-        now = float(setting.successes(setting.images(policy, SAMPLES), SAMPLES).mean())
-        assert trainer.updater.ema is not None
-        with trainer.updater.ema.applied():
-            result = _evaluated(setting, policy, judge, setting.out / f"{arm}-{seed}.png")
-        result |= {"updates": trainer.updater.version, "success_not_averaged": now}
-    seconds = time.monotonic() - began
-    return {"arm": arm, "seed": seed, "minutes": setting.minutes, "seconds": seconds, **result}
+        trainer = _train(arm, seed, setting, judge)
+        now = setting.successes(setting.images(trainer.policy, SAMPLES), SAMPLES)
+        ema = trainer.updater.ema
+        with nullcontext() if ema is None else ema.applied():
+            grid = setting.out / f"{arm}-{seed}.png"
+            result = _evaluated(setting, trainer.policy, judge, grid)
+        result["updates"] = trainer.updater.version
+        result["success_not_averaged"] = float(now.mean())
+    return {"arm": arm, "seed": seed, "seconds": time.monotonic() - began, **result}
 
 
-def _kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds, or what is computed and then kept there."""
+def _kept(
+    path: Path, facts: dict[str, Any], compute: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What a file holds, or what is computed and then kept there with its facts.
+
+    Raises:
+        ArrFastError: The file has other facts.
+    """
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name, value in facts.items() if found.get(name) != value]
+        if other:
+            raise ArrFastError(
+                f"{path} was made with another {' and '.join(other)}: give another --out, or "
+                "remove it"
+            )
         return found
-    result = compute()
+    result = {**facts, **compute()}
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return result
 
 
 def _evaluated_base(setting: Setting, judge: SubmitJudge) -> dict[str, Any]:
-    policy = ShapesPolicy.from_pretrained(setting.base)
-    return _evaluated(setting, policy, judge, setting.out / "base.png")
+    return _evaluated(setting, setting.base_policy(), judge, setting.out / "base.png")
 
 
-def _evaluated(
-    setting: Setting, policy: ShapesPolicy, judge: SubmitJudge, grid: Path
-) -> dict[str, Any]:
+def _evaluated(setting: Setting, policy: Policy, judge: SubmitJudge, grid: Path) -> dict[str, Any]:
     images = setting.images(policy, SAMPLES)
     found = setting.successes(images, SAMPLES)
     _grid(setting, images[::SAMPLES], grid)
@@ -233,15 +258,14 @@ def _evaluated(
     }
 
 
-def _train(
-    arm: str, seed: int, setting: Setting, policy: ShapesPolicy, judge: SubmitJudge
-) -> Trainer:
+def _train(arm: str, seed: int, setting: Setting, judge: SubmitJudge) -> Trainer:
     from arr_fast.rpo.checkpoint import latest_checkpoint, list_checkpoints
 
     config = arm_config(arm, setting, seed)
-    prompts = load_prompts("builtin:shapes", count=4096, seed=seed)
+    section = setting.recipe.prompts
+    prompts = load_prompts(section.source, count=section.count, seed=seed)
     rewards = {"rubric": ShuffledJudge(judge, seed) if arm == "shuffled" else judge}
-    trainer = Trainer(config, Parts(policy, rewards, prompts, rubric_hash=f"{arm}"))
+    trainer = Trainer(config, Parts(setting.base_policy(), rewards, prompts, rubric_hash=arm))
     if list_checkpoints(config.output):
         trainer.resume(latest_checkpoint(config.output))
     outcome = trainer.train()
@@ -253,7 +277,7 @@ def _train(
 def _grid(setting: Setting, images: Sequence[Image.Image], path: Path) -> None:
     """The base's images of the first prompts beside these, four columns of six prompts."""
     shown = replace(setting, prompts=setting.prompts[:SHOWN])
-    before = shown.images(ShapesPolicy.from_pretrained(setting.base))
+    before = shown.images(setting.base_policy())
     rows = list(zip(before, images[: len(before)], strict=True))
     found = shown.successes([image for row in rows for image in row], 2)
     marks = [["right" if ok else "wrong" for ok in row] for row in found]
@@ -364,14 +388,16 @@ def run(
 ) -> dict[str, Any]:
     """Everything; writes summary.json, summary.md and grids."""
     setting.out.mkdir(parents=True, exist_ok=True)
-    base = _kept(setting.out / "base.json", lambda: _evaluated_base(setting, judge))
+    facts = setting.facts
+    base = _kept(setting.out / "base.json", facts, partial(_evaluated_base, setting, judge))
     success_of_base = float(np.mean(base["success"]))
     say(f"base: success {success_of_base:.1%}, judge-parser {_percent(base['agreement'])}")
     results = []
     for seed in seeds:
         for arm in arms:
             path = setting.out / f"{arm}-{seed}.json"
-            results.append(_kept(path, partial(run_arm, arm, seed, setting, judge)))
+            compute = partial(run_arm, arm, seed, setting, judge)
+            results.append(_kept(path, {**facts, "minutes": setting.minutes}, compute))
             say(f"{arm} seed {seed}: success {np.mean(results[-1]['success']):.1%}")
     summary = summarise(base, results)
     (setting.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -394,6 +420,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     recipe = read_config(args.recipe)
+    if recipe.policy.kind != "shapes" or list(recipe.judges) != ["rubric"]:
+        parser.error(f"{args.recipe}: expected a policy of kind shapes and one judge, `rubric`")
     setting = Setting(
         out=args.out,
         base=args.base or generator_directory("shapes"),

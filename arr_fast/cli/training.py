@@ -104,7 +104,7 @@ def _settings(
     if demo == (config is not None):
         raise ValueError("give a configuration file, or --demo")
     if config is None:
-        config = demo_path("edit" if edit else "t2i")
+        config = demo_path(edit=edit)
     changes: dict[str, Any] = {}
     if output is not None:
         changes["output"] = output

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def demo_path(task: str = "t2i") -> Path:
-    """The configuration of `arr-fast train --demo`, or with --edit, for "edit"."""
-    name = "demo_shapes_edit.yaml" if task == "edit" else "demo_shapes.yaml"
+def demo_path(*, edit: bool = False) -> Path:
+    """The configuration of `arr-fast train --demo`, with or without --edit."""
+    name = "demo_shapes_edit.yaml" if edit else "demo_shapes.yaml"
     return Path(str(resources.files("arr_fast.rpo") / "configs" / name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,17 +20,15 @@ from arr_fast.bench.rpo_acceptance import (
     run,
     summarise,
 )
+from arr_fast.errors import ArrFastError
 from arr_fast.rpo.config import preset_config, read_config
 from arr_fast.rpo.judging import Judgement, JudgeRequest
 from arr_fast.rpo.presets import demo_path
 from arr_fast.rpo.prompts import load_prompts
+from arr_fast.shapes.generator import SHIFT
+from arr_fast.shapes.train_generator import SAMPLER_STEPS
 from tests.rpo.small_generator import red_judge, save_small
-
-
-def done(value) -> Future:
-    future: Future = Future()
-    future.set_result(value)
-    return future
+from tests.rpo.toy import done
 
 
 def test_the_table_compares_pair_by_pair():
@@ -51,6 +49,13 @@ def test_the_table_compares_pair_by_pair():
     assert "| recommended | 1 | 5 | 75.0% (75.0%) | +25.0%" in markdown(summary)
     gain = paired(np.array(base["success"]), np.array(base["success"]))
     assert gain == {"gain": 0.0, "low": 0.0, "high": 0.0}
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_the_demo_samples_as_its_generator_is_measured(edit):
+    recipe = read_config(demo_path(edit=edit))
+    assert recipe.sampler.steps == recipe.evaluation.steps == SAMPLER_STEPS
+    assert recipe.sampler.shift == SHIFT
 
 
 @pytest.mark.parametrize("arm", ["recommended", "paper"])
@@ -98,6 +103,10 @@ def test_all_arms_run_are_kept_and_not_run_again(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("an arm that is there was run again")
 
+    with pytest.raises(ArrFastError, match=r"base\.json was made with another steps"):
+        run(replace(setting, steps=4), ["paper"], [0], red_judge(), lambda _: None)
+    with pytest.raises(ArrFastError, match=r"paper-0\.json was made with another minutes"):
+        run(replace(setting, minutes=9.0), ["paper"], [0], red_judge(), lambda _: None)
     monkeypatch.setattr(rpo_acceptance, "run_arm", refuse)
     monkeypatch.setattr(rpo_acceptance, "_evaluated_base", refuse)
     assert run(setting, ARMS, [0], red_judge(), lambda _: None) == summary
@@ -108,7 +117,7 @@ def test_success_is_a_share_of_several_images_at_fixed_noise(tmp_path):
     directory = save_small(tmp_path / "base")
     prompts = load_prompts("builtin:shapes-held-out", count=3)
     setting = Setting(tmp_path, directory, read_config(demo_path()), 1.0, prompts, 3)
-    policy = rpo_acceptance.ShapesPolicy.from_pretrained(directory)
+    policy = setting.base_policy()
     several, one = setting.images(policy, SAMPLES), setting.images(policy)
     assert len(several) == 3 * SAMPLES
     for number, image in enumerate(one):

@@ -23,6 +23,7 @@ from arr_fast.rpo.evaluation import diverges
 from arr_fast.rpo.judging import JudgeRequest
 from arr_fast.rpo.prompts import Prompt, PromptWalk, load_prompts
 from arr_fast.verdicts import group_verdicts, pair_verdicts
+from tests.rpo.toy import done
 
 SOURCE = Provenance("stub", "r1", (), 1)
 
@@ -32,12 +33,6 @@ def request(groups: int = 3, size: int = 2) -> JudgeRequest:
     rows = tuple({} for _ in range(groups))
     images = tuple((image,) * size for _ in range(groups))
     return JudgeRequest(tuple(range(groups)), ("p",) * groups, images, None, rows)
-
-
-def done(value) -> Future:
-    future: Future = Future()
-    future.set_result(value)
-    return future
 
 
 class FixedJudge:
