@@ -286,8 +286,8 @@ def _grid(setting: Setting, images: Sequence[Image.Image], path: Path) -> None:
         sample_grid(rows[first : first + 6], texts[first : first + 6], marks[first : first + 6])
         for first in range(0, len(rows), 6)
     ]
-    width = columns[0].width
-    sheet = Image.new("RGB", (width * len(columns), columns[0].height), "white")
+    width, height = columns[0].width, max(column.height for column in columns)
+    sheet = Image.new("RGB", (width * len(columns), height), "white")
     for number, column in enumerate(columns):
         sheet.paste(column, (width * number, 0))
     sheet.save(path)

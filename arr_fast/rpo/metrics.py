@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from PIL import Image, ImageDraw
 from arr_fast.rpo.advantages import Advantages
 from arr_fast.rpo.rollout import JudgedChunk
 
-CAPTION_HEIGHT = 26
+# Of a line of PIL's own font.
+LINE_HEIGHT = 12
 GAP = 6
 
 
@@ -90,21 +92,25 @@ def sample_grid(
 
     Args:
         images: P rows of G images.
-        prompts: P texts, cut to the row's width.
+        prompts: P texts, broken into at most three lines of the row's width.
         marks: P rows of G short verdicts, for example "+1.00 won".
     """
     width = max(image.width for row in images for image in row)
     height = max(image.height for row in images for image in row)
     columns = max(len(row) for row in images)
-    cell = (width + GAP, height + CAPTION_HEIGHT + GAP)
-    grid = Image.new("RGB", (max(columns * cell[0], 200), len(images) * cell[1]), "white")
+    full_width = max(columns * (width + GAP), 200)
+    texts = [textwrap.wrap(p, full_width // 6, max_lines=3, placeholder=" ...") for p in prompts]
+    caption_height = LINE_HEIGHT * (1 + max(len(lines) for lines in texts)) + 2
+    cell = (width + GAP, height + caption_height + GAP)
+    grid = Image.new("RGB", (full_width, len(images) * cell[1]), "white")
     draw = ImageDraw.Draw(grid)
-    for r, (row, prompt, verdicts) in enumerate(zip(images, prompts, marks, strict=True)):
+    for r, (row, lines, verdicts) in enumerate(zip(images, texts, marks, strict=True)):
         top = r * cell[1]
         for c, (image, verdict) in enumerate(zip(row, verdicts, strict=True)):
             grid.paste(image, (c * cell[0], top))
             draw.text((c * cell[0], top + height), verdict, fill=(0, 0, 0))
-        draw.text((0, top + height + 12), prompt[: grid.width // 6], fill=(90, 90, 90))
+        for n, line in enumerate(lines, start=1):
+            draw.text((0, top + height + n * LINE_HEIGHT), line, fill=(90, 90, 90))
     return grid
 
 

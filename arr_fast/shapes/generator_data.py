@@ -4,6 +4,9 @@ Text-to-image: a caption of two objects and a background. Editing: a source pict
 instruction that recolours one of its objects or the background. About a quarter of the pictures do
 NOT show what their text says, so that there is something left to learn from a reward.
 
+Wrong pictures show another "scene" altogether, as a caption does that belongs to another picture, or
+differ from their text in one "thing".
+
 Layouts: on "columns", the domain of the prompts, the first object of a caption stands left and the
 second right; on "grid" they stand anywhere. A generator that began on the grid converges on
 columns.
@@ -37,6 +40,7 @@ from arr_fast.shapes.scene import (
 
 GeneratorTask = Literal["t2i", "edit"]
 Layout = Literal["columns", "grid"]
+Wrong = Literal["scene", "thing"]
 Kind = tuple[str, str]
 OBJECTS = 2
 # Free space around an object on the grid, as a fraction of the side.
@@ -125,15 +129,21 @@ def _object(kind: Kind, column: int, row: int) -> SceneObject:
 
 
 def sample_item(
-    rng: np.random.Generator, task: GeneratorTask, layout: Layout = "columns"
+    rng: np.random.Generator,
+    task: GeneratorTask,
+    layout: Layout = "columns",
+    wrong: Wrong = "scene",
 ) -> GeneratorItem:
-    """One training item; a wrong one differs from its text in one thing."""
+    """One training item; a wrong edit is another edit of the same source."""
     is_right = bool(rng.random() >= WRONG_SHARE)
     kinds = _kinds(rng, "train")
     scene = scene_of(rng, kinds, sample_background(rng), layout)
     if task == "t2i":
         text = Caption(kinds, background=scene.background).text(rng)
-        return GeneratorItem(text, scene if is_right else _spoiled(rng, scene), None, is_right)
+        if is_right:
+            return GeneratorItem(text, scene, None, True)
+        spoil = _other_scene if wrong == "scene" else _spoiled
+        return GeneratorItem(text, spoil(rng, scene, layout), None, False)
     edit = _edit(rng, scene)
     right = edit.apply(scene)
     target = right
@@ -142,7 +152,15 @@ def sample_item(
     return GeneratorItem(edit.text(rng, scene), target, scene, is_right)
 
 
-def _spoiled(rng: np.random.Generator, scene: Scene) -> Scene:
+def _other_scene(rng: np.random.Generator, scene: Scene, layout: Layout) -> Scene:
+    """A scene of the same distribution that shows something else."""
+    while True:
+        other = scene_of(rng, _kinds(rng, "train"), sample_background(rng), layout)
+        if (other.kinds(), other.background) != (scene.kinds(), scene.background):
+            return other
+
+
+def _spoiled(rng: np.random.Generator, scene: Scene, _layout: Layout) -> Scene:
     """The scene with another colour or shape of one object, or another background."""
     draw = rng.random()
     if draw < 0.15:

@@ -9,7 +9,12 @@ one to the bit. The weights at 80 % and at the end are kept:
 
 `--init-from DIR --steps N` goes on from a saved generator, whose steps count. An editing generator
 starts best from one for captions, which knows colours and shapes: `--task edit --init-from DIR`.
-The bundled one began with `--layout grid --steps 10000`; its generator.json has the second run.
+The bundled one went on twice, from easy pictures to those of the demo; its generator.json has the
+last of the three runs:
+
+    --out A --layout grid --wrong thing --steps 10000
+    --out B --wrong thing --init-from A/last --steps 20000 --batch 12
+    --out C --init-from B/last --steps 25000 --batch 12
 """
 
 from __future__ import annotations
@@ -32,7 +37,13 @@ from torch import Tensor
 
 from arr_fast.shapes import weights_directory
 from arr_fast.shapes.generator import ShapesGenerator, word_ids
-from arr_fast.shapes.generator_data import GeneratorTask, Layout, sample_item, sample_prompts
+from arr_fast.shapes.generator_data import (
+    GeneratorTask,
+    Layout,
+    Wrong,
+    sample_item,
+    sample_prompts,
+)
 from arr_fast.shapes.latents import TOKENS, PatchCode
 from arr_fast.shapes.optimise import Optimiser
 from arr_fast.shapes.parser import success
@@ -42,10 +53,11 @@ from arr_fast.shapes.workers import average_gradients, start
 
 logger = logging.getLogger(__name__)
 CODE_PICTURES = 2000
-# Share of the steps after which the first of the two compared weights is kept.
+# Share of the steps after which the first of the two compared weights is kept; of the run's own steps
+# where it began later.
 EARLIER = 0.8
 # Euler steps of the sampler that judges a generator.
-SAMPLER_STEPS = 3
+SAMPLER_STEPS = 6
 # Of the noise levels' log-odds: what a picture shows is decided at high ones.
 NOISE_MEAN = 0.8
 
@@ -57,6 +69,7 @@ class Plan:
     Attributes:
         task: "t2i" or "edit".
         layout: Where objects stand; see `generator_data`.
+        wrong: What the wrong quarter of the pictures shows; see `generator_data`.
         seed: Seeds weights and data.
         steps: Optimizer steps.
         batch: Pictures per step and worker.
@@ -72,6 +85,7 @@ class Plan:
 
     task: GeneratorTask = "t2i"
     layout: Layout = "columns"
+    wrong: Wrong = "scene"
     seed: int = 0
     steps: int = 5000
     batch: int = 24
@@ -85,15 +99,23 @@ class Plan:
     compile: bool = True
     begun_at: int = 0
 
+    @property
+    def earlier(self) -> int:
+        """The step after which the first of the two compared weights is kept."""
+        of_all = round(EARLIER * self.steps)
+        if of_all > self.begun_at:
+            return of_all
+        return self.begun_at + round(EARLIER * (self.steps - self.begun_at))
+
 
 class Interrupted(Exception):
     """SIGTERM or SIGINT came; the state is on disk."""
 
 
-def fit_code(seed: int, layout: Layout = "columns") -> PatchCode:
+def fit_code(seed: int, layout: Layout = "columns", wrong: Wrong = "scene") -> PatchCode:
     """The latents' code, from pictures of the training distribution."""
     rng = np.random.default_rng([seed, 7])
-    items = [sample_item(rng, "t2i", layout) for _ in range(CODE_PICTURES)]
+    items = [sample_item(rng, "t2i", layout, wrong) for _ in range(CODE_PICTURES)]
     return PatchCode.fit([render(item.target) for item in items])
 
 
@@ -106,10 +128,11 @@ def draw_batch(
     task: GeneratorTask,
     count: int,
     layout: Layout = "columns",
+    wrong: Wrong = "scene",
 ) -> Batch:
     """What `flow_loss` reads: word ids [B, L], clean latents [B, 64, 48], source latents or None,
     logit-normal noise levels [B] (Esser et al., 2024) and noise [B, 64, 48]."""
-    items = [sample_item(rng, task, layout) for _ in range(count)]
+    items = [sample_item(rng, task, layout, wrong) for _ in range(count)]
     ids = word_ids([item.text for item in items])
     clean = code.encode([render(item.target) for item in items])
     sources = [render(item.source) for item in items if item.source is not None]
@@ -188,7 +211,7 @@ class Run:
         self.generator = ShapesGenerator(plan.task, plan.seed)
         self.averaged = ShapesGenerator(plan.task, plan.seed)
         if init_from is None:
-            self.code = fit_code(plan.seed, plan.layout)
+            self.code = fit_code(plan.seed, plan.layout, plan.wrong)
         else:
             trained, self.code = ShapesGenerator.load(init_from)
             for model in (self.generator, self.averaged):
@@ -224,7 +247,9 @@ class Run:
         began = time.monotonic()
         for step in range(self.first, plan.steps):
             rng = np.random.default_rng([plan.seed, 11, step, self.rank])
-            batch = draw_batch(rng, self.code, plan.task, plan.batch, plan.layout)
+            batch = draw_batch(
+                rng, self.code, plan.task, plan.batch, plan.layout, plan.wrong
+            )
             loss = self._loss(*batch)
             loss.backward()
             value, stop = average_gradients(
@@ -234,7 +259,7 @@ class Run:
             average(self.averaged, self.generator, plan.ema, step)
             losses.append(value)
             done = step + 1
-            is_kept = done in (round(EARLIER * plan.steps), plan.steps)
+            is_kept = done in (plan.earlier, plan.steps)
             if self.rank == 0 and is_kept:
                 name = "last" if done == plan.steps else "earlier"
                 self.averaged.save(self.out / name, self.code, step=done, plan=asdict(plan))
@@ -352,6 +377,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--task", choices=("t2i", "edit"), default=default.task)
     parser.add_argument("--layout", choices=("columns", "grid"), default=default.layout)
+    parser.add_argument("--wrong", choices=("scene", "thing"), default=default.wrong)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init-from", type=Path, help="directory of a saved generator")
     parser.add_argument("--no-compile", action="store_true")
@@ -373,6 +399,7 @@ def main() -> None:
     plan = Plan(
         task=args.task,
         layout=args.layout,
+        wrong=args.wrong,
         seed=args.seed,
         steps=args.steps,
         batch=args.batch,

@@ -13,7 +13,7 @@ from arr_fast.rpo.policies.base import Policy
 from arr_fast.rpo.policies.diffusers_policy import LoraOptions
 from arr_fast.rpo.policies.shapes import ShapesPolicy
 from arr_fast.rubric import Rubric
-from arr_fast.shapes import generator_directory, train_generator
+from arr_fast.shapes import generator_data, generator_directory, train_generator
 from arr_fast.shapes.caption_reading import read_caption
 from arr_fast.shapes.captions import Caption
 from arr_fast.shapes.generator import ShapesGenerator, word_ids
@@ -35,13 +35,48 @@ CODE = small_code()
 TEXTS = ["a red circle and a blue square on a white background", "a green star and an orange ring"]
 
 
-def test_a_quarter_of_the_pictures_is_wrong():
+@pytest.mark.parametrize("kind", ["scene", "thing"])
+def test_a_quarter_of_the_pictures_is_wrong(kind):
     rng = np.random.default_rng(0)
-    items = [sample_item(rng, "t2i") for _ in range(800)]
+    items = [sample_item(rng, "t2i", "columns", kind) for _ in range(800)]
     wrong = [item for item in items if not item.is_right]
     assert 0.2 < len(wrong) / len(items) < 0.3
     for item in items:
         assert satisfies(item.target, read_caption(item.text)) == item.is_right
+    differences = [_differences(item) for item in wrong]
+    assert (set(differences) == {1}) if kind == "thing" else (np.mean(differences) > 2)
+
+
+def _differences(item):
+    """How many of colours, shapes and background are not the caption's, place by place."""
+    caption, scene = read_caption(item.text), item.target
+    pairs = [
+        (said, shown)
+        for kind, obj in zip(caption.kinds, scene.objects, strict=True)
+        for said, shown in zip(kind, obj.kind, strict=True)
+    ]
+    pairs += [] if caption.background is None else [(caption.background, scene.background)]
+    return sum(said != shown for said, shown in pairs)
+
+
+def test_another_scene_is_never_the_scene_itself(monkeypatch):
+    """Not even where the draw happens to repeat it."""
+    kinds = (("red", "circle"), ("blue", "ring"))
+    draws = [kinds, kinds, kinds, kinds[::-1]]
+    backgrounds = iter(["white", "white", "black", "white"])
+    monkeypatch.setattr(generator_data, "WRONG_SHARE", 1.0)
+    monkeypatch.setattr(generator_data, "_kinds", lambda rng, split: draws.pop(0))
+    monkeypatch.setattr(generator_data, "sample_background", lambda rng: next(backgrounds))
+    item = sample_item(np.random.default_rng(0), "t2i")
+    assert item.target.background == "black" and not item.is_right
+    assert len(draws) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "begun_at", "expected"), [(100, 0, 80), (100, 50, 80), (100, 80, 96), (100, 90, 98)]
+)
+def test_the_earlier_weights_are_those_at_80_percent(steps, begun_at, expected):
+    assert Plan(steps=steps, begun_at=begun_at).earlier == expected
 
 
 def test_wrong_edits_do_something_else():
@@ -132,7 +167,7 @@ class Killed(Exception):
 
 
 def test_pretraining_resumes_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_generator, "fit_code", lambda seed, layout: CODE)
+    monkeypatch.setattr(train_generator, "fit_code", lambda seed, layout, wrong: CODE)
     monkeypatch.setattr(
         train_generator, "ShapesGenerator", lambda task, seed: small_generator(task, moves=False)
     )
