@@ -4,8 +4,8 @@ Text-to-image: a caption of two objects and a background. Editing: a source pict
 instruction that recolours one of its objects or the background. About a quarter of the pictures do
 NOT show what their text says, so that there is something left to learn from a reward.
 
-Wrong pictures show another "scene" altogether, as a caption does that belongs to another picture, or
-differ from their text in one "thing".
+Wrong pictures of captions show another "scene" altogether, as if the caption were that of another
+picture, or differ from it in one "thing". A wrong edit is another edit of the same source.
 
 Layouts: on "columns", the domain of the prompts, the first object of a caption stands left and the
 second right; on "grid" they stand anywhere. A generator that began on the grid converges on

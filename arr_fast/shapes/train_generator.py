@@ -53,8 +53,8 @@ from arr_fast.shapes.workers import average_gradients, start
 
 logger = logging.getLogger(__name__)
 CODE_PICTURES = 2000
-# Share of the steps after which the first of the two compared weights is kept; of the run's own steps
-# where it began later.
+# Share of the steps after which the first of the two compared weights is kept: of all steps, or of
+# the run's own where it began later.
 EARLIER = 0.8
 # Euler steps of the sampler that judges a generator.
 SAMPLER_STEPS = 6
@@ -247,9 +247,7 @@ class Run:
         began = time.monotonic()
         for step in range(self.first, plan.steps):
             rng = np.random.default_rng([plan.seed, 11, step, self.rank])
-            batch = draw_batch(
-                rng, self.code, plan.task, plan.batch, plan.layout, plan.wrong
-            )
+            batch = draw_batch(rng, self.code, plan.task, plan.batch, plan.layout, plan.wrong)
             loss = self._loss(*batch)
             loss.backward()
             value, stop = average_gradients(
