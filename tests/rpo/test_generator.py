@@ -208,11 +208,10 @@ def test_pretraining_goes_on_from_a_saved_generator(tmp_path, task, first):
             assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_the_bundled_generator_draws_what_is_asked_for():
-    """By the pixel parser, on prompts whose pair of objects it never saw."""
-    found = train_generator.held_out_success(
-        *ShapesGenerator.load(generator_directory("shapes")), 100
-    )
+@pytest.mark.parametrize("name", ["shapes", "shapes-edit"])
+def test_the_bundled_generators_draw_what_is_asked_for(name):
+    """By the pixel parser, on prompts whose pair of objects they never saw."""
+    found = train_generator.held_out_success(*ShapesGenerator.load(generator_directory(name)), 100)
     assert np.mean(found) > 0.3
 
 
