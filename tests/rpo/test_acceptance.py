@@ -122,5 +122,7 @@ def test_success_is_a_share_of_several_images_at_fixed_noise(tmp_path):
     several, one = setting.images(policy, SAMPLES), setting.images(policy)
     assert len(several) == 3 * SAMPLES
     for number, image in enumerate(one):
-        np.testing.assert_array_equal(image, several[number * SAMPLES])
+        # Batches of two sizes differ in the last bits, and rounding to 8 bits shows one of them.
+        pair = [np.asarray(i, dtype=int) for i in (image, several[number * SAMPLES])]
+        assert np.abs(pair[0] - pair[1]).max() <= 1
     assert setting.successes(several, SAMPLES).shape == (3, SAMPLES)
