@@ -375,7 +375,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--task", choices=("t2i", "edit"), default=default.task)
     parser.add_argument("--layout", choices=("columns", "grid"), default=default.layout)
-    parser.add_argument("--wrong", choices=("scene", "thing"), default=default.wrong)
+    parser.add_argument(
+        "--wrong",
+        choices=("scene", "thing"),
+        default=default.wrong,
+        help="what a wrong picture of a caption shows: another scene, or one thing otherwise",
+    )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init-from", type=Path, help="directory of a saved generator")
     parser.add_argument("--no-compile", action="store_true")
