@@ -140,10 +140,9 @@ def sample_item(
     scene = scene_of(rng, kinds, sample_background(rng), layout)
     if task == "t2i":
         text = Caption(kinds, background=scene.background).text(rng)
-        if is_right:
-            return GeneratorItem(text, scene, None, True)
-        spoil = _other_scene if wrong == "scene" else _spoiled
-        return GeneratorItem(text, spoil(rng, scene, layout), None, False)
+        if not is_right:
+            scene = _other_scene(rng, scene, layout) if wrong == "scene" else _spoiled(rng, scene)
+        return GeneratorItem(text, scene, None, is_right)
     edit = _edit(rng, scene)
     right = edit.apply(scene)
     target = right
@@ -160,7 +159,7 @@ def _other_scene(rng: np.random.Generator, scene: Scene, layout: Layout) -> Scen
             return other
 
 
-def _spoiled(rng: np.random.Generator, scene: Scene, _layout: Layout) -> Scene:
+def _spoiled(rng: np.random.Generator, scene: Scene) -> Scene:
     """The scene with another colour or shape of one object, or another background."""
     draw = rng.random()
     if draw < 0.15:
