@@ -73,6 +73,10 @@ def sample(
         from arr_fast.rpo.generation import generate_images
 
         opt.quiet_libraries()
+        if base and (ema or checkpoint is not None):
+            raise ValueError("--base draws with the untrained policy: leave --ema and --checkpoint")
+        if ema and not run.is_dir() and checkpoint is None:
+            raise ValueError(f"--ema needs a run or a checkpoint; {run} is a configuration")
         settings = read_config(run / "config.yaml" if run.is_dir() else run)
         # One process draws, whatever trained.
         settings = settings.changed(shard=False)
@@ -103,6 +107,8 @@ def _settings(
 
     if demo == (config is not None):
         raise ValueError("give a configuration file, or --demo")
+    if edit and not demo:
+        raise ValueError("--edit goes with --demo; a configuration says itself what it trains")
     if config is None:
         config = demo_path(edit=edit)
     changes: dict[str, Any] = {}
@@ -193,7 +199,7 @@ def build_parts(settings: RunConfig) -> Parts:
     if held.every is not None:
         held_out = load_prompts(held.source, count=held.count)
     policy = build_policy(settings, _device())
-    judges, sleepers, digest = build_rewards(settings.judges, prompts)
+    judges, sleepers, digest = build_rewards(settings.judges, prompts, device=_device())
     return Parts(
         policy=policy,
         judges=judges,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arr_fast.data.fields import Row
-from arr_fast.data.formats import Format, Sample, name_field, parsed, refuse
+from arr_fast.data.formats import OPTIONAL, Format, Sample, name_field, parsed, refuse
 from arr_fast.data.record import ImageRef, ItemError, Record
 from arr_fast.data.streams import json_rows
 from arr_fast.data.writing import Pictures, write_json_rows
@@ -161,5 +161,10 @@ def _object(record: Record, pictures: Pictures) -> dict[str, Any]:
 
 
 FORMAT = Format(
-    "arr", "Auto-Rubric JSON or JSONL: pairs, groups, edits, single images", recognises, read, write
+    "arr",
+    "Auto-Rubric JSON or JSONL: pairs, groups, edits, single images",
+    recognises,
+    read,
+    write,
+    frozenset(OPTIONAL),
 )

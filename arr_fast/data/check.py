@@ -130,9 +130,10 @@ def _look_at(
     content = [text.encode(), source, *(shown[i] for i in order)]
     key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in content)).digest()
     label = _label(record, order)
-    earlier = seen.setdefault(key, (where, label))
-    if earlier[0] == where:
+    if key not in seen:
+        seen[key] = (where, label)
         return
+    earlier = seen[key]
     if label is not None and earlier[1] is not None and label != earlier[1]:
         report.contradictions.append(f"{where}: labelled otherwise than {earlier[0]}")
     else:

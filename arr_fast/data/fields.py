@@ -34,7 +34,7 @@ class Row:
     @property
     def default_name(self) -> str:
         """A name for a record without an id: the file's own name and the line."""
-        return f"{Path(self.place.file).name}:{self.place.line}"
+        return self.place.name
 
     def name(self, *fields: str) -> str:
         """Returns the first id that is there, as a string, else the default name."""

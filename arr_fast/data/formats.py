@@ -11,6 +11,7 @@ from arr_fast.data.fields import Row
 from arr_fast.data.record import ItemError, Record
 
 Container = Literal["json", "parquet", "text", "folder"]
+OPTIONAL = ("id", "images", "rubric", "criterion", "label_rank", "label_score", "group", "metadata")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Format:
         recognises: Whether a sample can be read as this format.
         read: Yields records, and an error for each row that is wrong but leaves the rest readable.
         write: Writes records and returns how many; None for formats that are only read.
+        keeps: Which of `OPTIONAL` are written, where a record has them.
     """
 
     name: str
@@ -49,6 +51,13 @@ class Format:
     recognises: Callable[[Sample], bool]
     read: Callable[[Path], Iterator[Record | ItemError]]
     write: Callable[[Iterable[Record], Path], int] | None = field(default=None)
+    keeps: frozenset[str] = frozenset()
+
+    def loses(self, record: Record) -> list[str]:
+        """What the record has and `write` leaves out, among `OPTIONAL`."""
+        has = {name: getattr(record, name) for name in OPTIONAL if name != "id"}
+        has["id"] = record.name if record.has_id else None
+        return [name for name, value in has.items() if value and name not in self.keeps]
 
 
 def parsed(

@@ -120,5 +120,10 @@ def recognises(sample: Sample) -> bool:
 
 
 FORMAT = Format(
-    "mmrb2", "MMRB2 JSON: prompt_content, response_a, response_b, chosen", recognises, read, write
+    "mmrb2",
+    "MMRB2 JSON: prompt_content, response_a, response_b, chosen",
+    recognises,
+    read,
+    write,
+    frozenset({"id", "images", "label_rank", "metadata"}),
 )

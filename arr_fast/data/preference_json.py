@@ -142,6 +142,7 @@ def _format(
     recognises: Callable[[Sample], bool],
     parse: Callable[[Row], Record],
     row_of: Callable[[Record, Pictures], dict[str, Any]],
+    *keeps: str,
 ) -> Format:
     def read(path: Path) -> Iterator[Record | ItemError]:
         return parsed(json_rows(path), parse)
@@ -151,7 +152,12 @@ def _format(
         return write_json_rows((row_of(record, pictures) for record in records), path)
 
     return Format(
-        name, about, lambda sample: sample.container == "json" and recognises(sample), read, write
+        name,
+        about,
+        lambda sample: sample.container == "json" and recognises(sample),
+        read,
+        write,
+        frozenset({"images", "label_rank", *keeps}),
     )
 
 
@@ -172,6 +178,7 @@ FORMATS = (
         lambda s: s.has("prompt", "path1", "path2") and not s.has("path_src"),
         _hpdv3,
         _hpdv3_row,
+        "metadata",
     ),
     _format(
         "editreward_data",
@@ -179,6 +186,7 @@ FORMATS = (
         lambda s: s.has("prompt", "path1", "path2", "path_src"),
         _editreward,
         _editreward_row,
+        "metadata",
     ),
     _format(
         "imagerewarddb",
@@ -186,5 +194,6 @@ FORMATS = (
         lambda s: s.has("prompt", "generations", "ranking"),
         _imagerewarddb,
         _imagerewarddb_row,
+        "id",
     ),
 )

@@ -134,6 +134,7 @@ def _format(
     columns: tuple[str, ...],
     parse: Callable[[Row], Record],
     row_of: Callable[[Record], dict[str, Any]],
+    *keeps: str,
 ) -> Format:
     def read(path: Path) -> Iterator[Record | ItemError]:
         return parsed(parquet_rows(path), parse)
@@ -144,7 +145,8 @@ def _format(
     def write(records: Iterable[Record], path: Path) -> int:
         return write_parquet((row_of(record) for record in records), path)
 
-    return Format(name, about, recognises, read, write)
+    held = frozenset({"id", "images", "label_rank", *keeps})
+    return Format(name, about, recognises, read, write, held)
 
 
 FORMATS = (
@@ -161,5 +163,6 @@ FORMATS = (
         (*_BENCH, "ranking"),
         _bench,
         _bench_row,
+        "group",
     ),
 )

@@ -145,6 +145,7 @@ FORMATS = (
         _recognises_geneval,
         read_geneval,
         write_geneval,
+        frozenset({"metadata"}),
     ),
     Format(
         "flow_grpo",
@@ -152,5 +153,6 @@ FORMATS = (
         _recognises_flow_grpo,
         read_flow_grpo,
         write_flow_grpo,
+        frozenset({"metadata"}),
     ),
 )

@@ -31,13 +31,25 @@ class Place:
     Attributes:
         file: The file, as given.
         line: Line of a text file, row of a parquet file; from 1. 0 means the file as a whole.
+        nth: Which of the records that begin on that line; from 1.
     """
 
     file: str
     line: int = 0
+    nth: int = 1
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
+        return f"{self.file}:{self.within}" if self.line else self.file
+
+    @property
+    def name(self) -> str:
+        """What a record without an id is called: the file's own name and the place in it."""
+        return f"{Path(self.file).name}:{self.within}"
+
+    @property
+    def within(self) -> str:
+        """The place without the file: "12", or "1#3" for the third record of one line."""
+        return f"{self.line}#{self.nth}" if self.nth > 1 else str(self.line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,11 @@ class Record:
     group: str | None = None
     place: Place | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_id(self) -> bool:
+        """Whether its name is more than its place in the file."""
+        return self.place is None or self.name != self.place.name
 
     @property
     def kind(self) -> Kind:

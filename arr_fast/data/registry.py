@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from arr_fast.data.fields import Row
 from arr_fast.data.formats import Format, Sample
 from arr_fast.data.record import ItemError, Record, UnknownFormatError
 from arr_fast.data.streams import json_rows, parquet_columns, parquet_files
+
+logger = logging.getLogger("arr_fast")
 
 FORMATS: dict[str, Format] = {
     found.name: found
@@ -118,6 +122,8 @@ def read_records(
 def write_records(records: Iterable[Record], path: str | Path, format_name: str) -> int:
     """Writes records to a new file (or folder); embedded images of JSON formats beside it.
 
+    What the format has no place for is left out, and a warning counts it.
+
     Returns:
         How many were written.
 
@@ -128,4 +134,15 @@ def write_records(records: Iterable[Record], path: str | Path, format_name: str)
     chosen = format_named(format_name)
     if chosen.write is None:
         raise ItemError(f"format {format_name} is only read, not written")
-    return chosen.write(records, Path(path))
+    lost: Counter[str] = Counter()
+
+    def watched() -> Iterator[Record]:
+        for record in records:
+            lost.update(chosen.loses(record))
+            yield record
+
+    count = chosen.write(watched(), Path(path))
+    if lost:
+        parts = ", ".join(f"{name} ({number} records)" for name, number in lost.items())
+        logger.warning("%s: format %s has no place for %s", path, format_name, parts)
+    return count

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -253,8 +254,10 @@ def _wrapped(stream: _Stream) -> Iterator[Row | ItemError]:
 
 def _elements(stream: _Stream) -> Iterator[Row | ItemError]:
     stream.take("[")
+    nth, line = 0, 0
     while stream.peek() != "]":
-        place, value = stream.place, stream.value()
+        nth, line = (nth + 1 if stream.line == line else 1), stream.line
+        place, value = replace(stream.place, nth=nth), stream.value()
         try:
             yield _row(place, stream.path.parent, value)
         except ItemError as error:

@@ -58,22 +58,33 @@ def rules_for(odds: LogOdds) -> list[AggregationName]:
 
 def first_criteria(odds: LogOdds, count: int) -> LogOdds:
     """Returns the verdicts of the first `count` criteria of each pair's rubric."""
-    return _columns(odds, np.arange(min(count, odds.ab.shape[1])))
+    return _chosen(odds, np.arange(odds.ab.shape[1], dtype=float), count)
 
 
 def random_criteria(odds: LogOdds, count: int, rng: np.random.Generator) -> LogOdds:
-    """Returns the verdicts of `count` criteria drawn at random, the same for all pairs."""
-    return _columns(odds, np.sort(rng.permutation(odds.ab.shape[1])[:count]))
+    """Returns the verdicts of `count` criteria of each pair's rubric, drawn at random; the same
+    ones wherever rubrics are as long as each other."""
+    return _chosen(odds, rng.random((odds.ab.shape[1],)), count)
 
 
-def _columns(odds: LogOdds, chosen: np.ndarray) -> LogOdds:
+def _chosen(odds: LogOdds, rank_K: np.ndarray, count: int) -> LogOdds:
+    """The `count` lowest ranked of each pair's own criteria, in the rubric's order."""
+    own_B = np.array([len(names) for names in odds.ids])
+    is_own_BK = np.arange(len(rank_K)) < own_B[:, None]
+    order_BK = np.where(is_own_BK, rank_K, np.inf).argsort(axis=1, kind="stable")
+    kept_BC = np.sort(order_BK[:, :count], axis=1)
+
+    def take(values_BK: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values_BK, kept_BC, axis=1)
+
+    rows = zip(odds.ids, kept_BC.tolist(), strict=True)
     return replace(
         odds,
-        ids=tuple(tuple(names[k] for k in chosen if k < len(names)) for names in odds.ids),
-        ab=odds.ab[:, chosen],
-        ba=odds.ba[:, chosen],
-        weights=odds.weights[:, chosen],
-        essential=odds.essential[:, chosen],
+        ids=tuple(tuple(names[k] for k in kept if k < len(names)) for names, kept in rows),
+        ab=take(odds.ab),
+        ba=take(odds.ba),
+        weights=take(odds.weights),
+        essential=take(odds.essential),
     )
 
 

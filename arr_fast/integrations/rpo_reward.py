@@ -198,13 +198,14 @@ def judgement_of(groups: Sequence[Sequence[PairJson]], size: int) -> Judgement:
 
 
 def build_rewards(
-    judges: Mapping[str, JudgeConfig], prompts: Sequence[Prompt]
+    judges: Mapping[str, JudgeConfig], prompts: Sequence[Prompt], *, device: str = "auto"
 ) -> tuple[dict[str, SubmitJudge], list[RubricReward], str]:
     """Loads or connects the judges of a run.
 
     Args:
         judges: By name.
         prompts: Of training; their rubrics go into the hash.
+        device: Of in-process judges that are to find one themselves: the process's own.
 
     Returns:
         (judges, those that sleep while the policy trains, hash over all rubrics).
@@ -225,7 +226,7 @@ def build_rewards(
             found[name] = made
             digest.update(section.call.encode())
             continue
-        reward = RubricReward(_comparer(section), RubricOf(section.rubric))
+        reward = RubricReward(_comparer(section, device), RubricOf(section.rubric))
         for each in sorted(reward.rubric_of.hashes(prompts)):
             digest.update(each.encode())
         found[name] = reward
@@ -234,7 +235,7 @@ def build_rewards(
     return found, sleepers, digest.hexdigest()
 
 
-def _comparer(section: JudgeConfig) -> Comparer:
+def _comparer(section: JudgeConfig, device: str) -> Comparer:
     if section.url is not None:
         from arr_fast.serve.client import JudgeClient
 
@@ -242,7 +243,8 @@ def _comparer(section: JudgeConfig) -> Comparer:
         return RemoteComparer(client, section.orders, section.options)
     from arr_fast.judge import Judge
 
-    judge = Judge.from_pretrained(section.model, device=section.device, dtype=section.dtype)
+    device = device if section.device == "auto" else section.device
+    judge = Judge.from_pretrained(section.model, device=device, dtype=section.dtype)
     return LocalComparer(judge, section.orders, section.options)
 
 
@@ -251,17 +253,20 @@ def _of_two(pair: PairJson) -> PairJson:
 
 
 def _then(future: Future[Any], convert: Any) -> Future[Any]:
-    """A future of convert(result); errors and cancellation pass through."""
+    """A future of convert(result); errors pass through, and cancellation in both directions."""
     after: Future[Any] = Future()
 
     def finish(done: Future[Any]) -> None:
         if done.cancelled():
             after.cancel()
+        # False where nobody waits any more.
+        if not after.set_running_or_notify_cancel():
             return
         try:
             after.set_result(convert(done.result()))
         except BaseException as error:
             after.set_exception(error)
 
+    after.add_done_callback(lambda ended: future.cancel() if ended.cancelled() else None)
     future.add_done_callback(finish)
     return after

@@ -13,7 +13,8 @@ Shapes: P prompts, G candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,7 @@ class Advantages:
         decided_pairs: Pairs i < j with a decision.
         tied_pairs: Pairs with a verdict and no decision.
         failed_pairs: Pairs without a verdict.
+        failed: bool [P]: prompts with such a pair.
     """
 
     value: Tensor
@@ -66,6 +68,7 @@ class Advantages:
     decided_pairs: int
     tied_pairs: int
     failed_pairs: int
+    failed: Tensor
 
 
 def preferences(judgement: Judgement) -> Tensor:
@@ -83,14 +86,16 @@ def mix_preferences(
     specs: Mapping[str, RewardSpec] | None = None,
     *,
     how: Mixing = "sum",
+    units: Mapping[str, float] | None = None,
 ) -> Tensor:
     """M of several judges of the same groups.
 
     Args:
         judgements: By the judge's name.
         specs: How each takes part; those without one get `RewardSpec()`.
-        how: "sum" adds weight times M; "normalise_first" divides each M by its root mean square
-            over the batch's decided pairs before, so that no reward wins by its unit.
+        how: "sum" adds weight times M; "normalise_first" divides each M by its unit before, so
+            that no reward wins by its scale.
+        units: Of "normalise_first", by name; None takes `preference_units` of these judgements.
 
     Returns:
         float32 [P, G, G].
@@ -111,6 +116,8 @@ def mix_preferences(
     adding = [n for n in judgements if not specs.get(n, RewardSpec()).veto]
     if not adding:
         raise ValueError("at least one reward must not be a veto")
+    if how == "normalise_first" and units is None:
+        units = preference_units(pair_squares([judgements]))
     total: Tensor | None = None
     missing: Tensor | None = None
     known_any: Tensor | None = None
@@ -118,8 +125,8 @@ def mix_preferences(
         spec, matrix = specs.get(name, RewardSpec()), preferences(judgements[name])
         unknown_pairs = matrix.isnan()
         values = matrix.nan_to_num(0.0)
-        if how == "normalise_first":
-            values = values / _root_mean_square(values)
+        if units is not None and how == "normalise_first":
+            values = values / units[name]
         part = spec.weight * values
         total = part if total is None else total + part
         known_any = ~unknown_pairs if known_any is None else known_any | ~unknown_pairs
@@ -132,6 +139,28 @@ def mix_preferences(
         if spec.veto:
             total, unusable = _apply_veto(total, unusable, judgement, spec)
     return torch.where(unusable, float("nan"), total)
+
+
+def pair_squares(chunks: Sequence[Mapping[str, Judgement]]) -> dict[str, float]:
+    """What `preference_units` needs of some chunks' judgements; may be added up over processes."""
+    sums: dict[str, float] = defaultdict(float)
+    for judgements in chunks:
+        for name, judgement in judgements.items():
+            values = preferences(judgement).nan_to_num(0.0)
+            sums[f"{name}/squares"] += float(values.double().square().sum())
+            sums[f"{name}/decided"] += float((values != 0).sum())
+    return dict(sums)
+
+
+def preference_units(squares: Mapping[str, float]) -> dict[str, float]:
+    """The root mean square of each reward's M over its decided pairs; 1 where none is decided."""
+    units = {}
+    for key in squares:
+        name, _, what = key.rpartition("/")
+        if what == "squares":
+            mean = squares[key] / max(1.0, squares[f"{name}/decided"])
+            units[name] = math.sqrt(mean) if mean > 0 else 1.0
+    return units
 
 
 def advantages(
@@ -184,6 +213,7 @@ def advantages(
         int((decided & upper).sum()),
         int((known & ~decided & upper).sum()),
         int((~known & upper).sum()),
+        (~known & upper).flatten(1).any(1),
     )
 
 
@@ -209,13 +239,6 @@ def _apply_veto(
     if spec.required:
         unusable = unusable | pair_unknown
     return total, unusable
-
-
-def _root_mean_square(values: Tensor) -> Tensor:
-    decided = values != 0
-    count = decided.sum().clamp(min=1)
-    mean_square = values.square().sum() / count
-    return torch.where(mean_square > 0, mean_square.sqrt(), torch.ones_like(mean_square))
 
 
 def _masked_std(value: Tensor, mask: Tensor, dim: int | None) -> Tensor:

@@ -97,7 +97,7 @@ def build_sampling(config: RunConfig) -> SamplingConfig:
         shared_initial_noise=config.sampler.shared_noise,
         keep_velocity=config.loss.guard,
         max_staleness=config.rollout.max_staleness,
-        judge_timeout=max(judge.timeout_s for judge in config.judges.values()),
+        judge_timeouts={name: judge.timeout_s for name, judge in config.judges.items()},
         seed=config.seed,
         impl=_impl(config),
     )

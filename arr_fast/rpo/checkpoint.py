@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -32,6 +33,9 @@ FORMAT = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"iteration-(\d{6,})")
 MANIFEST = "manifest.json"
+SUPERSEDED = "superseded-"
+
+logger = logging.getLogger("arr_fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ def save_checkpoint(
     keep: int = 2,
 ) -> Path:
     """Writes a checkpoint and deletes the oldest ones beyond `keep`.
+
+    Later ones, of a run that was taken up again from an earlier one, are renamed to superseded-*.
 
     Args:
         run: The run's directory.
@@ -113,6 +119,12 @@ def save_checkpoint(
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"cannot write {target}: {error}{_usable(run)}") from error
+    found = list_checkpoints(run)
+    for later in found[found.index(target) + 1 :]:
+        aside = later.with_name(SUPERSEDED + later.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        later.rename(aside)
+        logger.warning("%s is of the course that was left: now %s", later, aside.name)
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target

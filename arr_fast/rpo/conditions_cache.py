@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arr_fast.rpo.policies.base import Conditions, Policy
-from arr_fast.rpo.prompts import Prompt
+from arr_fast.rpo.prompts import Prompt, source_images
 
 
 class ConditionsCache:
@@ -18,10 +18,12 @@ class ConditionsCache:
     Args:
         policy: Encodes what is missing, all of a chunk at once.
         size: Most prompts that are kept; 0 keeps none.
+        max_bytes: Most bytes that are kept.
     """
 
-    def __init__(self, policy: Policy, size: int) -> None:
-        self._policy, self._size = policy, size
+    def __init__(self, policy: Policy, size: int, max_bytes: int = 16_000_000_000) -> None:
+        self._policy, self._size, self._max_bytes = policy, size, max_bytes
+        self._bytes = 0
         self._kept: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self.hits = self.misses = 0
 
@@ -48,14 +50,21 @@ class ConditionsCache:
 
     def _encode(self, missing: dict[int, Prompt]) -> dict[int, dict[str, Tensor]]:
         wanted = list(missing.values())
-        sources = [p.source for p in wanted if p.source is not None] or None
-        encoded = self._policy.encode([p.text for p in wanted], sources)
+        encoded = self._policy.encode([p.text for p in wanted], source_images(wanted))
         found = {}
         for place, key in enumerate(missing):
-            row = {name: tensor[place].detach().cpu() for name, tensor in encoded.items()}
+            row = {
+                name: tensor[place].detach().to("cpu", copy=True)
+                for name, tensor in encoded.items()
+            }
             found[key] = row
-            if self._size:
-                self._kept[key] = row
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
+            self._kept[key] = row
+            self._bytes += _bytes(row)
+        while len(self._kept) > self._size or self._bytes > self._max_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _bytes(oldest)
         return found
+
+
+def _bytes(row: dict[str, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in row.values())

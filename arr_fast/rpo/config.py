@@ -117,7 +117,9 @@ class LossConfig(_Section):
 
     Attributes:
         clip: Half-width of the clip on the ratio; give this or `clip_nats`.
-        clip_nats: The same in nats per sample: clip = clip_nats / D with D latent elements.
+        clip_nats: The same in nats per sample: clip = clip_nats / D with D latent elements. With
+            guard, whose log-ratio is scaled by a step's S (0.45 to 0.75 over the trained steps of
+            "recommended"), that clips at clip_nats / S nats.
         beta: Weight of the KL.
         kl: Its form; see arr_fast.ops.rpo_loss.
         guard: GRPO-Guard's ratio and weighting.
@@ -263,17 +265,19 @@ class PromptsConfig(_Section):
     Attributes:
         source: "builtin:shapes", "builtin:shapes-edit", a .txt file with one prompt per line, or
             .jsonl with prompt and, for editing, image.
-        count: How many of a builtin source.
+        count: How many, from the start of a file; None is all of a file, 4096 of a builtin source.
         seed: Of a builtin source.
-        cache: Keep prompt embeddings in memory, up to this many prompts.
+        cache: Keep prompt embeddings in host memory, of up to this many prompts.
+        cache_gb: And up to so many GB per process.
         tied_limit: Set a prompt aside after it was tied this many times in a row; None never.
         rest: For how many epochs it is set aside.
     """
 
     source: str = "builtin:shapes"
-    count: Count = 4096
+    count: Count | None = None
     seed: int = 0
     cache: Annotated[int, Field(ge=0)] = 20_000
+    cache_gb: NonNegative = 16.0
     tied_limit: Count | None = 3
     rest: Count = 2
 
@@ -368,6 +372,11 @@ class RunConfig(_Section):
             raise ValueError("judges needs at least one that is not a veto")
         if self.loss.guard and self.rollout.recompute_log_probs:
             raise ValueError("loss.guard needs the rollout's own log_probs")
+        if self.rollout.max_staleness > 0 and any(judge.sleep for judge in self.judges.values()):
+            raise ValueError(
+                "rollout.max_staleness above 0 has a chunk judged during training: no judge can "
+                "sleep then"
+            )
         if self.shard and self.micro_batch is None:
             raise ValueError("shard needs micro_batch: ranks could measure the budget differently")
         return self

@@ -22,7 +22,7 @@ from arr_fast.errors import ConfigError
 from arr_fast.rpo.generation import generate_images
 from arr_fast.rpo.judging import JudgeRequest, SubmitJudge
 from arr_fast.rpo.policies.base import Policy
-from arr_fast.rpo.prompts import Prompt
+from arr_fast.rpo.prompts import Prompt, source_images
 from arr_fast.rpo.sde import Schedule
 
 logger = logging.getLogger("arr_fast")
@@ -109,8 +109,7 @@ class Evaluation:
         return generate_images(policy, texts, self._sources(), ids, self.schedule, seed=self.seed)
 
     def _sources(self) -> list[Image.Image] | None:
-        found = [prompt.source for prompt in self.prompts if prompt.source is not None]
-        return found or None
+        return source_images(self.prompts)
 
     def _evaluated(self, images: list[Image.Image]) -> float:
         assert self.evaluator is not None

@@ -19,6 +19,7 @@ from arr_fast.errors import ConfigError
 
 BUILTIN = "builtin:"
 HELD_OUT = "-held-out"
+BUILTIN_COUNT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +29,37 @@ class Prompt:
     Attributes:
         id: Stable number, unique in its set; with seed and iteration it keys the noise.
         text: Prompt or edit instruction.
-        source: The image to edit, or None.
+        source: The image to edit, or its file, or None.
         metadata: What the judge may want: "rubric", expected objects.
     """
 
     id: int
     text: str
-    source: Image.Image | None = None
+    source: Image.Image | Path | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    def image(self) -> Image.Image | None:
+        """The image to edit, read from its file where it has one.
 
-def load_prompts(source: str, *, count: int, seed: int = 0) -> list[Prompt]:
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        if not isinstance(self.source, Path):
+            return self.source
+        try:
+            with Image.open(self.source) as opened:
+                return opened.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ConfigError(f"prompt {self.id}: image {self.source}: {error}") from error
+
+
+def load_prompts(source: str, *, count: int | None = None, seed: int = 0) -> list[Prompt]:
     """Reads or draws prompts.
 
     Args:
         source: "builtin:shapes" or "builtin:shapes-edit", each also with "-held-out"; a .txt file
             with a prompt per line; a .jsonl file of objects with prompt, and image for editing.
-        count: How many of a builtin source; a file gives at most as many.
+        count: How many, from the start of a file; None is all of a file, 4096 of a builtin source.
         seed: Of a builtin source.
 
     Raises:
@@ -52,7 +67,7 @@ def load_prompts(source: str, *, count: int, seed: int = 0) -> list[Prompt]:
             row that is no prompt.
     """
     if source.startswith(BUILTIN):
-        return _builtin(source, count, seed)
+        return _builtin(source, count or BUILTIN_COUNT, seed)
     path = Path(source)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -79,16 +94,23 @@ def _row(path: Path, number: int, line: str) -> Prompt:
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"{where}: expected an object with a prompt that is not empty")
-    image = None
+    file = None
     if row.get("image") is not None:
         file = path.parent / str(row["image"])
         try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except OSError as error:
+            # Reads the header only: a set can be larger than memory.
+            with Image.open(file):
+                pass
+        except (OSError, ValueError, SyntaxError) as error:
             raise ConfigError(f"{where}: image {file}: {error}") from error
     rest = {key: value for key, value in row.items() if key not in ("prompt", "image")}
-    return Prompt(number, text.strip(), image, rest)
+    return Prompt(number, text.strip(), file, rest)
+
+
+def source_images(prompts: Sequence[Prompt]) -> list[Image.Image] | None:
+    """The images to edit of several prompts; None for text-to-image."""
+    found = [prompt.image() for prompt in prompts]
+    return [image for image in found if image is not None] or None
 
 
 def _builtin(source: str, count: int, seed: int) -> list[Prompt]:

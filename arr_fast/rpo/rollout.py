@@ -32,6 +32,7 @@ class SamplingConfig:
         max_staleness: Policy updates allowed between sampling and training. Above 0 the first
             chunk of the next iteration is sampled while the last judgement is awaited.
         judge_timeout: Seconds to wait for one judgement after sampling before it has failed.
+        judge_timeouts: The same for judges by name; the others take `judge_timeout`.
         seed: Of all noise.
         impl: Of sde_step.
     """
@@ -44,6 +45,7 @@ class SamplingConfig:
     keep_velocity: bool = False
     max_staleness: int = 0
     judge_timeout: float = 600.0
+    judge_timeouts: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     impl: str = "torch"
 
@@ -52,8 +54,13 @@ class SamplingConfig:
             raise ValueError(f"candidates must be at least 2, got {self.candidates}")
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must be at least 0, got {self.max_staleness}")
-        if not self.judge_timeout > 0:
-            raise ValueError(f"judge_timeout must be above 0, got {self.judge_timeout}")
+        for seconds in (self.judge_timeout, *self.judge_timeouts.values()):
+            if not seconds > 0:
+                raise ValueError(f"judge_timeout must be above 0, got {seconds}")
+
+    def timeout_of(self, judge: str) -> float:
+        """Seconds to wait for a judge."""
+        return self.judge_timeouts.get(judge, self.judge_timeout)
 
     def trained(self, steps: int) -> tuple[int, int]:
         """(n, window) for a schedule of T steps.

@@ -11,6 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from arr_fast.errors import TrainingError
 from arr_fast.rpo.advantages import Advantages
 from arr_fast.rpo.config import RunConfig
 from arr_fast.rpo.metrics import flat_config, sample_grid, verdict_marks
@@ -36,14 +37,29 @@ class RunLog:
         """Saves the configuration, and drops what a killed run logged beyond its checkpoint."""
         if self._accelerator.is_main_process:
             self._config.save(self._config.output / "config.yaml")
-            lines: list[str] = []
-            if self._path.exists() and iteration > 0:
-                lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = self._lines_until(iteration) if iteration > 0 else []
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            partial.replace(self._path)
         if self._config.trackers:
             table = flat_config(self._config.model_dump(mode="json"))
             self._accelerator.init_trackers("rpo", table)
+
+    def _lines_until(self, iteration: int) -> list[str]:
+        """What was logged up to an iteration, without a last line that a crash cut short."""
+        if not self._path.exists():
+            return []
+        lines, kept = self._path.read_text(encoding="utf-8").splitlines(), []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                if number == len(lines):
+                    break
+                raise TrainingError(f"{self._path}:{number}: not valid JSON: {error}") from error
+            if row["iteration"] <= iteration:
+                kept.append(line)
+        return kept
 
     def numbers(self, iteration: int, values: Mapping[str, float]) -> None:
         """Logs an iteration's numbers; those that are not finite are left out of the file."""

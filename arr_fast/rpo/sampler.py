@@ -221,7 +221,8 @@ class Sampler:
         for name in self.judges:
             future = pending.futures.get(name)
             if future is not None:
-                left = max(0.0, began + self.config.judge_timeout - time.perf_counter())
+                timeout = self.config.timeout_of(name)
+                left = max(0.0, began + timeout - time.perf_counter())
                 try:
                     judgement = future.result(timeout=left)
                     if judgement.group_shape != shape:
@@ -229,7 +230,7 @@ class Sampler:
                     judgements[name] = judgement
                 except TimeoutError:
                     future.cancel()
-                    pending.failures[name] = f"no answer within {self.config.judge_timeout} s"
+                    pending.failures[name] = f"no answer within {timeout} s"
                 except Exception as error:
                     pending.failures[name] = _reason(error)
             if name not in judgements:

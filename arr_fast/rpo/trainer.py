@@ -18,7 +18,13 @@ import torch
 from accelerate import Accelerator
 
 from arr_fast.errors import TrainingError
-from arr_fast.rpo.advantages import Advantages, advantages, mix_preferences
+from arr_fast.rpo.advantages import (
+    Advantages,
+    advantages,
+    mix_preferences,
+    pair_squares,
+    preference_units,
+)
 from arr_fast.rpo.building import (
     build_evaluation_schedule,
     build_sampling,
@@ -41,7 +47,7 @@ from arr_fast.rpo.metrics import (
     verdict_sums,
 )
 from arr_fast.rpo.policies.base import Policy
-from arr_fast.rpo.prompts import Prompt, PromptWalk
+from arr_fast.rpo.prompts import Prompt, PromptWalk, source_images
 from arr_fast.rpo.ranks import Ranks, make_accelerator
 from arr_fast.rpo.rollout import JudgedChunk, PromptBatch
 from arr_fast.rpo.run_log import RunLog
@@ -141,7 +147,9 @@ class Trainer:
             tied_limit=config.prompts.tied_limit,
             rest=config.prompts.rest,
         )
-        self.cache = ConditionsCache(self.policy, config.prompts.cache)
+        self.cache = ConditionsCache(
+            self.policy, config.prompts.cache, int(config.prompts.cache_gb * 1e9)
+        )
         self.schedule = build_schedule_of(config, self.policy)
         self.sampler = Sampler(
             self.policy,
@@ -177,6 +185,7 @@ class Trainer:
             CheckpointError: A checkpoint cannot be written.
         """
         config, numbers = self.config, {}
+        saved: int | None = None
         self.log.start(self.iteration)
         try:
             with self._stopping.listening():
@@ -185,16 +194,19 @@ class Trainer:
                 while self.iteration < config.iterations and not self._should_stop():
                     numbers = self.run_iteration()
                     self._seconds += numbers["seconds/iteration"]
+                    is_looked_at = self._is_due(config.log_every)
                     if self.evaluation is not None and self._is_due(config.evaluation.every):
                         numbers |= self._evaluate()
-                    if self._is_due(config.log_every):
+                        is_looked_at = True
+                    if is_looked_at:
                         self.log.numbers(self.iteration, numbers)
                     if progress is not None:
                         progress(self.iteration, numbers)
                     if self._is_due(config.checkpoint.every):
                         self.save()
+                        saved = self.iteration
                 stopped = self._should_stop() and self.iteration < config.iterations
-                if stopped and not self._is_due(config.checkpoint.every):
+                if stopped and saved != self.iteration:
                     self.save()
         finally:
             self.log.end()
@@ -219,7 +231,7 @@ class Trainer:
             self._batches(prompts, self.iteration), self.updater.version, upcoming=upcoming
         )
         self._check_failures(chunks)
-        given = [self._advantages(chunk) for chunk in chunks]
+        given = self._advantages(chunks)
         self._note_ties(prompts, given)
         self._awake(False)
         trained = time.perf_counter()
@@ -319,23 +331,31 @@ class Trainer:
         for chunk in range(config.chunks):
             first = chunk * per_chunk + self.ranks.own * per_rank
             part = prompts[first : first + per_rank]
-            sources = tuple(p.source for p in part if p.source is not None)
+            sources = source_images(part)
             batches.append(
                 PromptBatch(
                     ids=tuple(ids[first : first + per_rank]),
                     prompts=tuple(p.text for p in part),
                     conditions=self.cache.of(part),
-                    sources=sources or None,
+                    sources=None if sources is None else tuple(sources),
                     metadata=tuple(p.metadata for p in part),
                     epoch=iteration,
                 )
             )
         return batches
 
-    def _advantages(self, chunk: JudgedChunk) -> Advantages:
-        config = self.config.loss
-        matrix = mix_preferences(chunk.judgements, self.specs, how=self.config.mixing)
-        return advantages(matrix, lam=config.winner, gamma=config.loser, centred=config.centred)
+    def _advantages(self, chunks: Sequence[JudgedChunk]) -> list[Advantages]:
+        """Of every chunk, in units of the whole iteration over all ranks."""
+        config, how = self.config.loss, self.config.mixing
+        units = None
+        if how == "normalise_first":
+            own = pair_squares([chunk.judgements for chunk in chunks])
+            units = preference_units(self.ranks.added(own))
+        mixed = [mix_preferences(c.judgements, self.specs, how=how, units=units) for c in chunks]
+        return [
+            advantages(matrix, lam=config.winner, gamma=config.loser, centred=config.centred)
+            for matrix in mixed
+        ]
 
     def _check_failures(self, chunks: Sequence[JudgedChunk]) -> None:
         for name, judge in self.config.judges.items():
@@ -349,13 +369,17 @@ class Trainer:
                 )
 
     def _note_ties(self, prompts: Sequence[Prompt], given: Sequence[Advantages]) -> None:
-        """Tells the curriculum about every rank's prompts: a failure is no tie."""
-        tied = torch.cat([(a.weight.sum(1) == 0) & (a.failed_pairs == 0) for a in given])
-        both = self.accelerator.gather(tied.to(self.policy.device)[None]).cpu()
+        """Tells the curriculum about every rank's prompts; a failure says nothing about one."""
+        undecided = torch.cat([a.weight.sum(1) == 0 for a in given])
+        failed = torch.cat([a.failed for a in given])
+        # 0 decided, 1 tied, 2 unknown.
+        own = (undecided.long() + (undecided & failed).long()).to(self.policy.device)
+        every = self.accelerator.gather(own[None]).cpu()
         chunks = self.config.rollout.chunks
         # [ranks, chunks, per rank] -> the order in which prompts were drawn.
-        flags = both.view(self.ranks.count, chunks, -1).transpose(0, 1).flatten().tolist()
-        self.walk.note(prompts, flags)
+        found = every.view(self.ranks.count, chunks, -1).transpose(0, 1).flatten().tolist()
+        known = [(p, bool(n)) for p, n in zip(prompts, found, strict=True) if n != 2]
+        self.walk.note([prompt for prompt, _ in known], [is_tied for _, is_tied in known])
 
     def _awake(self, sampling: bool) -> None:
         """Moves judges and frozen parts onto the device for sampling, and away for training."""

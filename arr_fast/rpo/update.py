@@ -193,17 +193,29 @@ class Updater:
             "ema": None if self.ema is None else self.ema.state(),
             "skipped": dict(self.skipped),
             "rows": self._rows,
+            "rows_of": self._rows_of(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up a saved state."""
+        """Takes up a saved state; what the configuration says of optimizer and rows holds."""
         self.optimiser.load_state_dict(self._split_moments(state["optimiser"]))
         self.scheduler.load_state_dict(state["scheduler"])
+        section = self._config.optimiser
+        rate = section.lr * self._lr_factor(self.scheduler.last_epoch)
+        self.scheduler.base_lrs = [section.lr] * len(self.optimiser.param_groups)
+        for group in self.optimiser.param_groups:
+            group |= {"lr": rate, "initial_lr": section.lr, "betas": section.betas}
+            group |= {"eps": section.eps, "weight_decay": section.weight_decay}
         if self.ema is not None and state["ema"] is not None:
             self.ema.restore(state["ema"])
         self.version, self.skipped = state["version"], Counter(state["skipped"])
         # The budget may have been read on another machine; the shapes decide the last bits.
-        self._rows = state["rows"]
+        if state["rows_of"] == self._rows_of():
+            self._rows = state["rows"]
+
+    def _rows_of(self) -> list[float | None]:
+        """What the number of rows follows from."""
+        return [self._config.micro_batch, self._config.memory_budget_gb]
 
     def _split_moments(self, state: dict[str, Any]) -> dict[str, Any]:
         """The optimizer's state with each moment split as its parameter is."""

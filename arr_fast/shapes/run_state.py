@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,29 @@ def load_state(path: Path) -> dict[str, Any] | None:
         return None
     loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return loaded
+
+
+def resumed_plan(
+    path: Path, given: Mapping[str, Any], may_change: Collection[str]
+) -> dict[str, Any]:
+    """The plan of the run whose state lies at `path`, with what the command line gives instead.
+
+    Args:
+        path: The state, with its plan under "plan".
+        given: Options that were given.
+        may_change: Those of them that another part of the run may have otherwise.
+
+    Raises:
+        ValueError: Nothing to resume, or an option that would make it another run.
+    """
+    state = load_state(path)
+    if state is None:
+        raise ValueError(f"nothing to resume: there is no {path}")
+    plan: dict[str, Any] = state["plan"]
+    for name, value in given.items():
+        if name not in may_change and plan[name] != value:
+            raise ValueError(f"the run in {path.parent} has {name} {plan[name]}, got {value}")
+    return {**plan, **given}
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,7 +48,7 @@ from arr_fast.shapes.latents import TOKENS, PatchCode
 from arr_fast.shapes.optimise import Optimiser
 from arr_fast.shapes.parser import success
 from arr_fast.shapes.render import render
-from arr_fast.shapes.run_state import Curve, load_state, save_state
+from arr_fast.shapes.run_state import Curve, load_state, resumed_plan, save_state
 from arr_fast.shapes.workers import average_gradients, start
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ CODE_PICTURES = 2000
 EARLIER = 0.8
 # Euler steps of the sampler that judges a generator.
 SAMPLER_STEPS = 6
+# What a later part of a run may have otherwise than the first.
+MAY_CHANGE = ("steps", "every", "check", "compile")
 # Of the noise levels' log-odds: what a picture shows is decided at high ones.
 NOISE_MEAN = 0.8
 
@@ -210,9 +212,10 @@ class Run:
         self.out, self.plan, self.rank = out, plan, rank
         self.generator = ShapesGenerator(plan.task, plan.seed)
         self.averaged = ShapesGenerator(plan.task, plan.seed)
-        if init_from is None:
+        saved = load_state(out / "state.pt") if resume else None
+        if saved is None and init_from is None:
             self.code = fit_code(plan.seed, plan.layout, plan.wrong)
-        else:
+        elif saved is None and init_from is not None:
             trained, self.code = ShapesGenerator.load(init_from)
             for model in (self.generator, self.averaged):
                 model.load_state_dict(trained.state_dict())
@@ -225,8 +228,8 @@ class Run:
         self._loss: Callable[..., Tensor] = self._eager_loss
         if plan.compile:
             self._loss = torch.compile(self._eager_loss, dynamic=False)
-        saved = load_state(out / "state.pt") if resume else None
         if saved is not None:
+            self.code = PatchCode.from_tensors(saved["code"])
             self.generator.load_state_dict(saved["model"])
             self.averaged.load_state_dict(saved["averaged"])
             self.optimiser.restore(saved["optimiser"])
@@ -287,6 +290,7 @@ class Run:
             "optimiser": self.optimiser.state(),
             "step": step,
             "plan": asdict(self.plan),
+            "code": self.code.tensors(),
             "cpu_seconds": self.curve.cpu_seconds(),
         }
         save_state(self.out / "state.pt", state)
@@ -370,52 +374,46 @@ def work(rank: int, out: Path, plan: Plan, resume: bool, init_from: Path | None 
 
 def main() -> None:
     """Command line."""
-    default = Plan()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--task", choices=("t2i", "edit"), default=default.task)
-    parser.add_argument("--layout", choices=("columns", "grid"), default=default.layout)
+    # What is not given is the plan's default, or what the run to be resumed has.
+    absent = argparse.SUPPRESS
+    parser.add_argument("--task", choices=("t2i", "edit"), default=absent)
+    parser.add_argument("--layout", choices=("columns", "grid"), default=absent)
     parser.add_argument(
         "--wrong",
         choices=("scene", "thing"),
-        default=default.wrong,
+        default=absent,
         help="what a wrong picture of a caption shows: another scene, or one thing otherwise",
     )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init-from", type=Path, help="directory of a saved generator")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", default=absent)
     parser.add_argument("--check-convergence", type=int, metavar="PROMPTS")
     parser.add_argument("--bundle", action="store_true")
     for name in ("seed", "steps", "batch", "workers", "every", "check", "warmup"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name))
+        parser.add_argument(f"--{name}", type=int, default=absent)
     for name in ("muon_lr", "adam_lr", "ema"):
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=float, default=getattr(default, name))
+        parser.add_argument(flag, type=float, default=absent)
     args = parser.parse_args()
+    given = {f.name: getattr(args, f.name) for f in fields(Plan) if hasattr(args, f.name)}
+    task: GeneratorTask = given.get("task", Plan().task)
     if args.check_convergence:
         for key, value in check_convergence(args.out, args.check_convergence).items():
             print(f"{key} {value:.4f}")
         return
     if args.bundle:
-        print(bundle(args.out, args.task))
+        print(bundle(args.out, task))
         return
-    plan = Plan(
-        task=args.task,
-        layout=args.layout,
-        wrong=args.wrong,
-        seed=args.seed,
-        steps=args.steps,
-        batch=args.batch,
-        workers=args.workers,
-        muon_lr=args.muon_lr,
-        adam_lr=args.adam_lr,
-        warmup=args.warmup,
-        ema=args.ema,
-        every=args.every,
-        check=args.check,
-        compile=not args.no_compile,
-        begun_at=0 if args.init_from is None else saved_step(args.init_from, args.task),
-    )
+    try:
+        if args.resume:
+            plan = Plan(**resumed_plan(args.out / "state.pt", given, MAY_CHANGE))
+        else:
+            begun_at = 0 if args.init_from is None else saved_step(args.init_from, task)
+            plan = Plan(**given, begun_at=begun_at)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
     except Interrupted as stop:

@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +26,7 @@ from arr_fast.shapes.forward import VisionForward
 from arr_fast.shapes.model import build_model, turn_pictures
 from arr_fast.shapes.optimise import Optimiser
 from arr_fast.shapes.rows import BatchMaker
-from arr_fast.shapes.run_state import Curve, load_state, save_state
+from arr_fast.shapes.run_state import Curve, load_state, resumed_plan, save_state
 from arr_fast.shapes.tokenizer import build_tokenizer, domain_words
 from arr_fast.shapes.workers import average_gradients, start
 
@@ -292,23 +292,21 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=Plan().vision_steps)
-    parser.add_argument("--reading-steps", type=int, default=Plan().reading_steps)
-    parser.add_argument("--judge-steps", type=int, default=Plan().judge_steps)
-    parser.add_argument("--whole-steps", type=int, default=Plan().whole_steps)
-    parser.add_argument("--whole-peak", type=float, default=Plan().whole_peak)
+    # What is not given is the plan's default, or what the run to be resumed has.
+    absent = argparse.SUPPRESS
+    for name in ("seed", "vision-steps", "reading-steps", "judge-steps", "whole-steps"):
+        parser.add_argument(f"--{name}", type=int, default=absent)
+    parser.add_argument("--whole-peak", type=float, default=absent)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init-from", type=Path, help="checkpoint; only the last stage is run")
     args = parser.parse_args()
-    plan = Plan(
-        seed=args.seed,
-        vision_steps=args.vision_steps,
-        reading_steps=args.reading_steps,
-        judge_steps=args.judge_steps,
-        whole_steps=args.whole_steps,
-        whole_peak=args.whole_peak,
-    )
+    given = {f.name: getattr(args, f.name) for f in fields(Plan) if hasattr(args, f.name)}
+    try:
+        plan = Plan(**given)
+        if args.resume:
+            plan = Plan(**resumed_plan(args.out / "state.pt", given, set(given) - {"seed"}))
+    except ValueError as error:
+        parser.error(str(error))
     start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from arr_fast.cli import app
 from arr_fast.data.check import check
 from arr_fast.data.record import ItemError
+from arr_fast.data.registry import read_records
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
 
@@ -229,3 +230,18 @@ def test_commands_read_any_format(folder):
     (folder / "train.txt").write_text("a cat\n")
     with pytest.raises(ItemError, match=r"train\.txt:1: has 0 images to judge, expected 2"):
         read_items(folder / "train.txt", count=2)
+
+
+def test_records_on_one_line_are_told_apart(folder):
+    """A list on one line finds what the same list on many lines finds."""
+    records = [
+        pair("p", "a.png", "b.png"),
+        pair("p", "a.png", "b.png", (2, 1)),
+        pair("p", "a.png", "b.png"),
+    ]
+    path = folder / "one.json"
+    path.write_text(json.dumps(records))
+    report = check(path)
+    assert report.contradictions == [f"{path}:1#2: labelled otherwise than {path}:1"]
+    assert report.duplicates == [f"{path}:1#3: repeats {path}:1"]
+    assert [r.name for r in read_records(path)] == ["one.json:1", "one.json:1#2", "one.json:1#3"]

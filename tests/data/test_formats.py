@@ -15,7 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from arr_fast.data.record import EmbeddedImage, ItemError, Record, UnknownFormatError, image_bytes
+from arr_fast.data.record import (
+    EmbeddedImage,
+    ItemError,
+    Place,
+    Record,
+    UnknownFormatError,
+    image_bytes,
+)
 from arr_fast.data.registry import FORMATS, detect, read_records, write_records
 from arr_fast.data.writing import plain
 
@@ -425,3 +432,23 @@ def test_each_sample_row_fits_one_format():
 def test_plain_values_can_be_written():
     value = {"a": float("nan"), 1: (1, b"x"), "p": Path("x"), "t": True}
     assert plain(value) == {"a": None, "1": [1, None], "p": "x", "t": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("arr", ""),
+        ("hpdv2", "id (2 records), rubric (1 records), group (1 records), metadata (1 records)"),
+        ("hpdv3", "id (2 records), rubric (1 records), group (1 records)"),
+        ("imagerewarddb", "rubric (1 records), group (1 records), metadata (1 records)"),
+        ("mmrb2", "rubric (1 records), group (1 records)"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_counted(tmp_path, caplog, name, lost):
+    images = (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    first = Record("first", "p", images, label_rank=(1, 2))
+    second = replace(first, name="second", rubric="t2i", group="g", metadata={"model": "m"})
+    unnamed = replace(first, name="x.jsonl:3", place=Place("/data/x.jsonl", 3))
+    write_records([first, second, unnamed], tmp_path / "x.jsonl", name)
+    said = caplog.messages[0].partition(" has no place for ")[2] if caplog.messages else ""
+    assert sorted(said.split(", ")) == sorted(lost.split(", "))

@@ -16,6 +16,7 @@ from arr_fast.data.record import ItemError, Record
 from arr_fast.evals.judging import LogOdds, select_pairs
 from arr_fast.evals.measure import evaluate
 from arr_fast.evals.report import choose_pairs
+from arr_fast.evals.scores import random_criteria
 from tests.browser import WIDTHS, assert_readable, needs_browser
 from tests.cli.stub_judge import StubJudge
 
@@ -248,3 +249,20 @@ def test_the_page_fits_phone_and_desktop(data, monkeypatch, width):
     assert result.exit_code == 0, result.output
     assert page.read_text().count("<svg") == 5
     assert_readable(page, width)
+
+
+def test_random_criteria_are_drawn_from_each_pair_own():
+    """A rubric of two keeps its two beside one of six, and equal rubrics keep the same ones."""
+    table = np.arange(24.0).reshape(4, 6) + 1
+    table[1, 2:] = np.nan
+    odds = log_odds(table, -table)
+    for seed in range(20):
+        found = random_criteria(odds, 2, np.random.default_rng(seed))
+        assert found.ids[1] == ("c0", "c1")
+        np.testing.assert_array_equal(found.ab[1], table[1, :2])
+        kept = [int(name[1:]) for name in found.ids[0]]
+        assert kept == sorted(set(kept)) and len(kept) == 2
+        for row in (0, 2, 3):
+            assert found.ids[row] == found.ids[0]
+            np.testing.assert_array_equal(found.ab[row], table[row, kept])
+            np.testing.assert_array_equal(found.ba[row], -table[row, kept])

@@ -238,3 +238,64 @@ def test_a_split_network_trains_and_resumes_as_a_whole_one(tmp_path, trained, ho
     policy.load(latest_checkpoint(tmp_path / kind).policy)
     for name, parameter in policy.trainable_parameters().items():
         assert torch.equal(parameter, split["trained"][name]), name
+
+
+def test_what_the_configuration_says_of_the_optimizer_holds_after_resume(tmp_path):
+    quiet = {"evaluation": {"every": None}, "checkpoint": {"every": 2}}
+    trained(toy_config(tmp_path, iterations=2, **quiet))
+    now = {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "warmup": 0}
+    config = toy_config(tmp_path, iterations=3, micro_batch=4, optimiser=now, **quiet)
+    trainer = Trainer(config, toy_parts())
+    trainer.resume(latest_checkpoint(tmp_path))
+    moments = trainer.updater.optimiser.state_dict()["state"]
+    assert all(state["step"] == 2 for state in moments.values())
+    rates = []
+    trainer.updater.optimiser.register_step_pre_hook(
+        lambda optimizer, args, kwargs: rates.append(dict(optimizer.param_groups[0]))
+    )
+    numbers = trainer.run_iteration()
+    (used,) = rates
+    assert {key: used[key] for key in ("lr", "weight_decay", "betas", "eps")} == {
+        key: now[key] for key in ("lr", "weight_decay", "betas", "eps")
+    }
+    assert numbers["lr"] == 3e-3
+    assert trainer.updater.state()["rows"] == 4
+
+
+def test_an_older_checkpoint_taken_up_again_is_not_overtaken_by_the_later_ones(tmp_path, caplog):
+    settings = {"checkpoint": {"every": 2, "keep": 2}, "evaluation": {"every": None}}
+    trained(toy_config(tmp_path, iterations=6, **settings))
+    older, newer = list_checkpoints(tmp_path)
+    assert (older.name, newer.name) == ("iteration-000004", "iteration-000006")
+    trainer = Trainer(toy_config(tmp_path, iterations=7, **settings), toy_parts())
+    trainer.resume(load_checkpoint(older))
+    trainer.run_iteration()
+    trainer.save()
+    assert latest_checkpoint(tmp_path).iteration == 5
+    # Nothing is lost: the left course can still be taken up by its path.
+    aside = newer.with_name("superseded-iteration-000006")
+    assert load_checkpoint(aside).iteration == 6
+    assert "superseded" in caplog.text
+
+
+def test_a_stop_before_the_first_iteration_leaves_a_checkpoint(tmp_path):
+    def stop(prompts, images, sources=None, metadata=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [0.0] * len(images)
+
+    outcome = Trainer(toy_config(tmp_path), toy_parts(evaluator=stop)).train()
+    assert (outcome.interrupted, outcome.iterations) == (True, 0)
+    assert latest_checkpoint(tmp_path).iteration == 0
+
+
+def test_a_line_that_a_crash_cut_short_does_not_stop_a_resume(tmp_path):
+    settings = {"evaluation": {"every": None}}
+    trained(toy_config(tmp_path, iterations=2, **settings))
+    log = tmp_path / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"iteration": 3, "lo')
+    trained(toy_config(tmp_path, iterations=2, **settings), resume=tmp_path)
+    assert log.read_text() == whole
+    log.write_text("broken\n" + whole)
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl:1: not valid JSON"):
+        trained(toy_config(tmp_path, iterations=2, **settings), resume=tmp_path)

@@ -99,3 +99,8 @@ def test_every_preset_is_valid_and_defaults_are_recommended():
 def test_packaged_configurations_are_valid(name):
     config = read_config(str(resources.files("arr_fast") / "rpo" / "configs" / name))
     assert config.shard == ("sharded" in name)
+
+
+def test_a_judge_cannot_sleep_while_it_judges_ahead():
+    with pytest.raises(ConfigError, match="no judge can sleep"):
+        preset_config(rollout={"max_staleness": 1}, judges={"rubric": {"sleep": True}})

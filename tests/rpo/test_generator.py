@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,6 +191,36 @@ def test_pretraining_resumes_to_the_bit(tmp_path, monkeypatch):
             assert torch.equal(tensor, resumed[part][name]), name
     rows = [(tmp_path / n / "curve.csv").read_text().count("\n") for n in "ab"]
     assert rows[0] == rows[1]
+
+
+def test_resume_alone_goes_on_with_the_same_plan_and_code(tmp_path, monkeypatch, capsys):
+    """Nothing has to be said again, latents keep their code, and another run is refused."""
+    codes = iter([CODE, replace(CODE, scale=2 * CODE.scale)])
+    monkeypatch.setattr(train_generator, "fit_code", lambda seed, layout, wrong: next(codes))
+    monkeypatch.setattr(
+        train_generator, "ShapesGenerator", lambda task, seed: small_generator(task, moves=False)
+    )
+    begun: list[Plan] = []
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["train_generator", "--out", str(tmp_path), *options])
+        train_generator.main()
+        begun.append(Plan(**load_state(tmp_path / "state.pt")["plan"]))
+
+    size = ("--batch", "2", "--workers", "1", "--check", "2", "--no-compile", "--warmup", "2")
+    run(*size, "--steps", "2", "--layout", "grid", "--wrong", "thing")
+    run("--resume", "--steps", "4")
+    assert begun[1] == replace(begun[0], steps=4)
+    assert (begun[1].layout, begun[1].wrong, begun[1].batch) == ("grid", "thing", 2)
+    _, code = ShapesGenerator.load(tmp_path / "last")
+    assert torch.equal(code.scale, CODE.scale)
+    with pytest.raises(SystemExit):
+        run("--resume", "--layout", "columns")
+    assert "has layout grid, got columns" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["train_generator", "--out", str(tmp_path / "x"), "--resume"])
+    with pytest.raises(SystemExit):
+        train_generator.main()
+    assert "nothing to resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("task", "first"), [("t2i", 7), ("edit", 0)])

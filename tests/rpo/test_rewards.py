@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from arr_fast.errors import ConfigError
 from arr_fast.integrations.rpo_reward import (
     LocalComparer,
     RemoteComparer,
     RubricOf,
     RubricReward,
     _then,
+    build_rewards,
     judgement_of,
 )
 from arr_fast.provenance import Provenance
+from arr_fast.rpo.config import JudgeConfig, PromptsConfig
 from arr_fast.rpo.evaluation import diverges
 from arr_fast.rpo.judging import JudgeRequest
-from arr_fast.rpo.prompts import Prompt, PromptWalk, load_prompts
+from arr_fast.rpo.prompts import Prompt, PromptWalk, load_prompts, source_images
 from arr_fast.verdicts import group_verdicts, pair_verdicts
 from tests.rpo.toy import done
 
@@ -122,7 +126,8 @@ def test_jsonl_prompts_bring_images_and_metadata(tmp_path):
     path = tmp_path / "edits.jsonl"
     path.write_text('{"prompt": "make it blue", "image": "a.png", "rubric": "edit"}\n')
     (prompt,) = load_prompts(str(path), count=10)
-    assert prompt.source is not None and prompt.source.size == (8, 8)
+    image = prompt.image()
+    assert image is not None and image.size == (8, 8)
     assert prompt.metadata == {"rubric": "edit"}
     path.write_text('{"prompt": " "}\n')
     with pytest.raises(ValueError, match=r"edits\.jsonl:1"):
@@ -147,3 +152,60 @@ def test_divergence_needs_both_directions():
     assert not diverges([(0.5, 0.4), (0.6, 0.5), (0.7, 0.6)], 3)
     assert not diverges([(0.7, 0.6), (0.6, 0.5), (0.5, 0.4)], 3)
     assert not diverges([(0.5, 0.6), (0.6, 0.5)], 3)
+
+
+def test_a_cancelled_judgement_is_never_begun():
+    began = []
+    with ThreadPoolExecutor(1) as pool:
+        gate = Event()
+        pool.submit(gate.wait)
+        waiting = _then(_then(pool.submit(began.append, 1), str), str)
+        assert waiting.cancel()
+        gate.set()
+    assert began == []
+
+
+def test_a_judgement_cancelled_too_late_ends_in_silence(caplog):
+    running: Future = Future()
+    waiting = _then(running, str)
+    running.set_running_or_notify_cancel()
+    assert waiting.cancel()
+    running.set_result(3)
+    assert waiting.cancelled()
+    assert not caplog.records
+
+
+def test_judges_without_a_device_take_the_one_of_their_process(monkeypatch):
+    asked = []
+
+    def load(model, *, device, dtype):
+        asked.append(device)
+
+    monkeypatch.setattr("arr_fast.judge.Judge.from_pretrained", load)
+    judges = {"own": JudgeConfig(), "named": JudgeConfig(device="cuda:1")}
+    build_rewards(judges, [], device="cuda:3")
+    assert asked == ["cuda:3", "cuda:1"]
+
+
+def test_a_file_of_prompts_is_read_whole(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {number}\n" for number in range(5000)))
+    assert len(load_prompts(str(path), count=PromptsConfig().count)) == 5000
+    assert [p.text for p in load_prompts(str(path), count=2)] == ["prompt 0", "prompt 1"]
+
+
+def test_source_images_are_opened_when_they_are_needed(tmp_path):
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8), "red").save(file)
+    path = tmp_path / "edits.jsonl"
+    path.write_text('{"prompt": "make it blue", "image": "a.png"}\n')
+    prompts = load_prompts(str(path))
+    assert [image.getpixel((0, 0)) for image in source_images(prompts)] == [(255, 0, 0)]
+    Image.new("RGB", (8, 8), "blue").save(file)
+    assert [image.getpixel((0, 0)) for image in source_images(prompts)] == [(0, 0, 255)]
+    file.write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"prompt 0: image .*a\.png"):
+        source_images(prompts)
+    with pytest.raises(ConfigError, match=r"edits\.jsonl:1: image .*a\.png"):
+        load_prompts(str(path))
+    assert source_images([Prompt(0, "x")]) is None

@@ -290,3 +290,20 @@ def test_bad_training_window() -> None:
         SamplingConfig(train_steps=3, train_window=2).trained(STEPS)
     with pytest.raises(ValueError, match="of one number"):
         PromptBatch((1, 2), ("a",), {"condition": torch.zeros(2, 6)})
+
+
+def test_every_judge_has_its_own_time() -> None:
+    def never(request: JudgeRequest) -> Future[Judgement]:
+        return Future()
+
+    def later(request: JudgeRequest) -> Future[Judgement]:
+        future: Future[Judgement] = Future()
+        answer = Judgement.from_pairs([0.0])
+        threading.Timer(0.3, future.set_result, [answer]).start()
+        return future
+
+    policy = ToyPolicy()
+    config = SamplingConfig(judge_timeout=60.0, judge_timeouts={"slow": 0.05})
+    sampler = Sampler(policy, schedule_of("sde"), config, {"slow": never, "later": later})
+    (chunk,) = sampler.iterate([prompt_batch(policy, 0, 1)])
+    assert chunk.failures == {"slow": "no answer within 0.05 s"}

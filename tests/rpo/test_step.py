@@ -169,7 +169,7 @@ def test_latent_mean_pulls_to_the_reference() -> None:
     policy = ToyPolicy()
     policy.shift_weights(0.1)
     chunk, given = roll(policy, [1, -1, 1])
-    no_reward = Advantages(given.value * 0, given.weight, 3, 0, 0)
+    no_reward = Advantages(given.value * 0, given.weight, 3, 0, 0, given.failed)
     packed = PackedRows([chunk], [no_reward], 6)
     step = TrainStep(policy, Objective(0.1, 0.1, 1.0, "latent_mean"))
     optimizer = torch.optim.SGD(policy.module.parameters(), lr=5.0)

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from arr_fast.errors import ArrFastError, ConfigError, MissingDependencyError, TrainingError
+from arr_fast.rpo.conditions_cache import ConditionsCache
 from arr_fast.rpo.judging import Judgement
+from arr_fast.rpo.prompts import Prompt
 from arr_fast.rpo.trainer import Trainer
 from tests.rpo.toy import (
     PaintingPolicy,
     bright_judge,
+    brightness,
     broken_judge,
     done,
     mean_brightness,
@@ -272,3 +275,64 @@ def test_a_judgement_of_other_groups_is_a_failure(tmp_path):
 
     with pytest.raises(TrainingError, match=r"judged \(1, 2\)"):
         Trainer(toy_config(tmp_path, evaluation={"every": None}), toy_parts(wrong)).train()
+
+
+def test_units_of_rewards_are_those_of_the_whole_iteration(tmp_path):
+    """How an iteration is cut into chunks says nothing about a reward's unit."""
+
+    def scorer(request):
+        scores = [[brightness(image) for image in group] for group in request.images]
+        return done(Judgement(scores=torch.tensor(scores)))
+
+    def given(chunks):
+        config = toy_config(
+            tmp_path,
+            rollout={"pairs": 8, "chunks": chunks},
+            judges={"bright": {}, "score": {}},
+            mixing="normalise_first",
+        )
+        parts = toy_parts()
+        judges = {"bright": bright_judge, "score": scorer}
+        trainer = Trainer(config, type(parts)(parts.policy, judges, parts.prompts))
+        judged = trainer.sampler.iterate(trainer._batches(trainer._draw(), 0))
+        return torch.cat([each.value for each in trainer._advantages(judged)])
+
+    whole, cut = given(1), given(4)
+    assert len(whole.abs().unique()) > 3
+    torch.testing.assert_close(cut, whole)
+
+
+def test_a_failure_beside_it_leaves_the_streak_of_a_tied_prompt(tmp_path):
+    def partly(request):
+        judged = tied_judge(request).result()
+        judged.wins[0, 0, 1] = judged.wins[0, 1, 0] = math.nan
+        return done(judged)
+
+    config = toy_config(tmp_path, prompts={"tied_limit": 1}, evaluation={"every": None})
+    numbers = Trainer(config, toy_parts(partly, prompts=8)).run_iteration()
+    # One of four pairs in each of two chunks has no verdict.
+    assert numbers["prompts/set_aside"] == 6
+
+
+def test_every_evaluation_is_logged(tmp_path):
+    Trainer(
+        toy_config(tmp_path, iterations=4, log_every=3, evaluation={"every": 2}), toy_parts()
+    ).train()
+    held_out = [line["iteration"] for line in logged(tmp_path) if "held_out/evaluator" in line]
+    assert held_out == [0, 2, 4]
+
+
+def test_the_cache_of_conditions_keeps_to_its_bytes():
+    policy = PaintingPolicy()
+    prompts = [Prompt(number, f"prompt {number}") for number in range(6)]
+    one = sum(t[0].numel() * t.element_size() for t in policy.encode(["x"]).values())
+    cache = ConditionsCache(policy, 100, max_bytes=3 * one)
+    policy.encoded = 0
+    found = cache.of(prompts)
+    cache.of(prompts[3:])
+    assert policy.encoded == 6
+    cache.of(prompts[:3])
+    assert policy.encoded == 9
+    again = cache.of(prompts)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, again[name])

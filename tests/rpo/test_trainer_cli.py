@@ -131,6 +131,19 @@ def test_config_or_demo(tmp_path):
     assert "give a configuration file, or --demo" in result.output
 
 
+def test_options_that_would_do_nothing_are_refused(tmp_path, generator):
+    path = configured(tmp_path, generator)
+    cases = {
+        ("train", path, "--edit"): "--edit goes with --demo",
+        ("sample", path, "--prompt", "x", "--ema"): "--ema needs a run or a checkpoint",
+        ("sample", path, "--prompt", "x", "--base", "--ema"): "--base draws with the untrained",
+    }
+    for arguments, message in cases.items():
+        result = call(*arguments)
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+
+
 class RedJudge:
     """Stands in for `Judge`: the redder image wins on every criterion."""
 
@@ -159,7 +172,8 @@ def test_the_demo_runs_end_to_end(tmp_path, monkeypatch, edit):
     directory = save_small(tmp_path / "generator", "edit" if edit else "t2i")
     monkeypatch.setattr(shapes, "generator_directory", lambda name: directory)
     judge = RedJudge()
-    monkeypatch.setattr(rewards, "_comparer", lambda s: rewards.LocalComparer(judge, "both", {}))
+    local = rewards.LocalComparer(judge, "both", {})
+    monkeypatch.setattr(rewards, "_comparer", lambda section, device: local)
     read = training._settings
 
     def shortened(*arguments):
