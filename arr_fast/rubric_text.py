@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from arr_fast.errors import RubricError
 
-_LEAD = r"(?:[-*#>\s]*)"
-_NUMBER = r"(?:\(?\d+[.):]\s*)?"
-_THEME = re.compile(
-    rf"^{_LEAD}{_NUMBER}(?:\**Rubric\s*\d*\**\s*[:.]\s*)?\**Theme\**\s*\d*\s*:\**\s*(?P<body>.*)$",
-    re.IGNORECASE,
-)
-_TIP = re.compile(rf"^{_LEAD}\**Tip\s*\d*\**\s*:\**\s*(?P<body>.*)$", re.IGNORECASE)
+# Possessive throughout: neighbours that both match a star or a space would be tried in every split.
+_LEAD = r"[-*#>\s]*+"
+_NUMBER = r"(?:\(?+\d++[.):]\s*+)?+"
+_RUBRIC = r"(?:\**+Rubric\s*+\d*+\**+\s*+[:.]\s*+)?+"
+_BODY = r":\**+\s*+(?P<body>.*)$"
+_THEME = re.compile(rf"^{_LEAD}{_NUMBER}{_RUBRIC}\**+Theme\**+\s*+\d*+\s*+{_BODY}", re.IGNORECASE)
+_TIP = re.compile(rf"^{_LEAD}\**+Tip\s*+\d*+\**+\s*+{_BODY}", re.IGNORECASE)
 _ITEM = re.compile(r"^\s*\(?\d+[.)]\s+(?P<body>\S.*)$")
 
 

@@ -67,12 +67,14 @@ class PromptCriteria:
         texts: Its criteria.
         problem: Why there are none, or "".
         raw: The text of an answer that could not be used.
+        answered: False where the last request got no answer at all.
     """
 
     prompt: str
     texts: tuple[str, ...] = ()
     problem: str = ""
     raw: str | None = None
+    answered: bool = True
 
 
 def generate(
@@ -128,13 +130,14 @@ def generate_from_prompts(
 ) -> list[PromptCriteria]:
     """Zero-shot: criteria from a caption (or an instruction and its source image) alone.
 
-    An answer that cannot be used is asked for again, at most `settings.refinements` times.
-    `progress` is told how many of a round's prompts have an answer.
+    An answer that cannot be used is asked for again, at most `settings.refinements` times. A prompt
+    that got no answer is left as it is, for another run to ask for: the writer has nothing to
+    mend. `progress` is told how many of a round's prompts have an answer.
     """
     check_guide(templates, "generate_caption", exemplars)
     found = [PromptCriteria(prompt, problem="not asked") for prompt, _ in prompts]
     for attempt in range(settings.refinements + 1):
-        open_places = [place for place, each in enumerate(found) if not each.texts]
+        open_places = [n for n, each in enumerate(found) if each.answered and not each.texts]
         requests = []
         for place in open_places:
             prompt, source = prompts[place]
@@ -205,7 +208,8 @@ def check_guide(templates: TemplateSet, name: Any, exemplars: Sequence[Exemplar]
 
 def _read_prompt_reply(prompt: str, request: TextRequest, reply: Any) -> PromptCriteria:
     if not isinstance(reply, TextReply):
-        return PromptCriteria(prompt, problem=str(reply))
+        problem = f"no answer, run again to ask for it anew: {reply}"
+        return PromptCriteria(prompt, problem=problem, answered=False)
     try:
         parsed = parse_criteria(reply, request.limit)
     except AnswerError as error:

@@ -138,18 +138,18 @@ def structure(
     notes: tuple[str, ...] = ()
     if writer is not None and templates is not None and templates.has("structure"):
         try:
-            found = _by_writer(candidates, outcomes, task, settings, writer, templates)
-            return _supported(found, settings.min_support)
+            return _by_writer(candidates, outcomes, task, settings, writer, templates)
         except ArrFastError as error:
             notes = (f"the writer's structure could not be used ({error}); texts were clustered",)
-    found = _by_clusters(candidates, settings.structured)
-    return _supported(replace(found, notes=notes), settings.min_support)
+    return replace(_by_clusters(candidates, settings), notes=notes)
 
 
-def _supported(found: Structured, least: int) -> Structured:
-    """Without the criteria that too few pairs stand behind, such as slips of a rewrite."""
-    kept = tuple(criterion for criterion in found.criteria if criterion.support >= least)
-    return replace(found, criteria=kept) if kept else found
+def _supported(found: list[StructuredCriterion], least: int) -> list[StructuredCriterion]:
+    """Without the criteria that too few pairs stand behind, such as slips of a rewrite.
+
+    Comes before any limit of their number, or they would keep others from a place.
+    """
+    return [criterion for criterion in found if criterion.support >= least] or found
 
 
 def to_rubric(
@@ -217,7 +217,8 @@ def _by_writer(
         raise AnswerError("no criterion in the structure", reply.text)
     # A stable sort keeps the writer's order of themes within a level.
     found.sort(key=lambda criterion: _ORDER.index(criterion.level))
-    return Structured(tuple(found[: settings.structured]), "writer", tuple(notes))
+    kept = _supported(found, settings.min_support)[: settings.structured]
+    return Structured(tuple(kept), "writer", tuple(notes))
 
 
 def _acceptable(
@@ -238,7 +239,7 @@ def _merged(
     return StructuredCriterion(text, theme, level, tuple(s.text for s in sources), support)
 
 
-def _by_clusters(candidates: Sequence[Candidate], limit: int) -> Structured:
+def _by_clusters(candidates: Sequence[Candidate], settings: AutoRubricSettings) -> Structured:
     features, words = _text_features([candidate.text for candidate in candidates])
     same, themes = _clusters(features, SAME), _clusters(features, THEME)
     groups: dict[int, list[int]] = defaultdict(list)
@@ -253,8 +254,9 @@ def _by_clusters(candidates: Sequence[Candidate], limit: int) -> Structured:
         sources = [candidates[place] for place in places]
         found.append(_merged(best.text, theme, level_of(best.text), sources))
     found.sort(key=lambda each: (_ORDER.index(each.level), -each.support, each.text))
-    if len(found) > limit:
-        kept = sorted(found, key=lambda each: (-each.support, each.text))[:limit]
+    found = _supported(found, settings.min_support)
+    if len(found) > settings.structured:
+        kept = sorted(found, key=lambda each: (-each.support, each.text))[: settings.structured]
         found = [criterion for criterion in found if criterion in kept]
     return Structured(tuple(found), "clusters")
 

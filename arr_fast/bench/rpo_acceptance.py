@@ -32,11 +32,12 @@ from PIL import Image
 from torch import Tensor
 
 from arr_fast.engine.config import resolve_compile
+from arr_fast.engine.model import directory_hash, resolve_path
 from arr_fast.errors import ArrFastError
 from arr_fast.evals.intervals import resample_weights
 from arr_fast.integrations.rpo_reward import build_rewards
 from arr_fast.rpo.building import build_evaluation_schedule, build_policy
-from arr_fast.rpo.config import RunConfig, preset_config, read_config
+from arr_fast.rpo.config import JudgeConfig, RunConfig, preset_config, read_config
 from arr_fast.rpo.generation import generate_images
 from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
 from arr_fast.rpo.metrics import sample_grid
@@ -88,7 +89,13 @@ class Setting:
         """What a result depends on, beside arm and seed."""
         recipe = hashlib.sha256(self.recipe.to_yaml().encode()).hexdigest()[:16]
         evaluated = {"steps": self.steps, "prompts": len(self.prompts), "samples": SAMPLES}
-        return {"base": str(self.base), "recipe": recipe, **evaluated}
+        return {
+            "base": str(self.base),
+            "base_weights": weights_hash(self.base),
+            "recipe": recipe,
+            "judge": judge_revision(self.recipe.judges["rubric"]),
+            **evaluated,
+        }
 
     def base_policy(self) -> Policy:
         """The generator that every arm starts from, as the recipe loads it."""
@@ -115,6 +122,29 @@ class Setting:
         """float64 [P, per_prompt] of 1 and 0."""
         texts = [prompt.text for prompt in self.prompts for _ in range(per_prompt)]
         return np.array(success(texts, images)).reshape(-1, per_prompt)
+
+
+def weights_hash(directory: Path) -> str:
+    """sha256 (first 16 hex digits) over the names and contents of a directory's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.rglob("*.safetensors")):
+        digest.update(str(file.relative_to(directory)).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def judge_revision(section: JudgeConfig) -> str:
+    """What tells a judge from others of its name: a hash of its files, or who answers for it."""
+    if section.call is not None:
+        return section.call
+    if section.url is not None:
+        import httpx
+
+        answer = httpx.get(f"{section.url}/ready", timeout=section.timeout_s, trust_env=False)
+        return str(answer.json()["revision"])
+    path = Path(resolve_path(section.model))
+    return directory_hash(path) if path.is_dir() else section.model
 
 
 class ShuffledJudge:

@@ -27,6 +27,7 @@ from arr_fast import __version__
 from arr_fast.bench.rows import environment
 from arr_fast.bench.serve_load import JSON, Query, Tally, ask, build_corpus, run_clients
 from arr_fast.bench.serve_process import ACCEPTED, Server, Watch, read_metric, serving
+from arr_fast.data.writing import plain
 from arr_fast.judge import Judge
 
 SCHEMA = "arr_fast.bench_serve/1"
@@ -141,7 +142,8 @@ def run_serve_bench(
     with serving(arguments) as server:
         asyncio.run(_phases(server, corpus, result, say))
     if json_path is not None:
-        json_path.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        document = json.dumps(plain(result.to_json()), indent=2, allow_nan=False)
+        json_path.write_text(document + "\n", encoding="utf-8")
     return result
 
 

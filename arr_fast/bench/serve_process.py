@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import signal
@@ -130,10 +131,11 @@ class Watch:
     def growth(self) -> float:
         """Median bytes of the last quarter of the time over those of the second quarter, less 1.
 
-        The first quarter is left out: caches fill and the allocator settles then.
+        The first quarter is left out: caches fill and the allocator settles then. NaN where there
+        are too few samples to tell, which no limit admits.
         """
         if len(self.rss) < 8:
-            return 0.0
+            return math.nan
         size = len(self.rss) // 4
         early = sorted(self.rss[size : 2 * size])[size // 2]
         late = sorted(self.rss[-size:])[size // 2]

@@ -80,14 +80,15 @@ async def _health() -> dict[str, str]:
 async def _ready(request: Request) -> JSONResponse:
     """Whether requests are taken: 200, or 503 while draining or asleep."""
     gateway: Gateway = request.app.state.gateway
-    ready = gateway.batcher.is_alive
+    batcher = gateway.batcher
+    status = "draining" if not batcher.is_alive else "asleep" if batcher.is_asleep else "ready"
     body = {
-        "status": "ready" if ready else "draining",
+        "status": status,
         "model": gateway.model,
         "revision": gateway.revision,
         "arr_fast_version": __version__,
     }
-    return JSONResponse(body, status_code=200 if ready else 503)
+    return JSONResponse(body, status_code=200 if status == "ready" else 503)
 
 
 async def _metrics(request: Request) -> Response:

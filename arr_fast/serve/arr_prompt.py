@@ -13,7 +13,12 @@ from typing import Any, Literal
 
 from arr_fast.errors import RubricError
 from arr_fast.rubric import Criterion, Rubric, Task
+from arr_fast.rubric_text import parse_themes
 from arr_fast.serve.failures import BadRequestError
+from arr_fast.serve.settings import ServeSettings
+
+# Characters of a bound of the score range.
+MAX_BOUND = 6
 
 _LISTWISE = re.compile(
     r"Rank the \d+ (?:generated images|edited results) using the evaluation rubrics"
@@ -52,17 +57,21 @@ class ArrPrompt:
     high: int = 5
 
 
-def parse(messages: list[dict[str, Any]]) -> ArrPrompt:
+def parse(messages: list[dict[str, Any]], settings: ServeSettings) -> ArrPrompt:
     """Finds images, caption and rubrics.
 
     Args:
         messages: Chat messages; the last one is the user's.
+        settings: Limits. A caption may have `max_text` characters, and so may all around it.
 
     Raises:
-        BadRequestError: It is not one of the reference's evaluation prompts.
+        BadRequestError: It is not one of the reference's evaluation prompts, or is over a limit.
     """
     texts, images, source = _blocks(messages[-1])
     text = texts[-1] if texts else ""
+    limit = 2 * settings.max_text
+    if len(text) > limit:
+        raise BadRequestError(f"the prompt has {len(text)} characters, the limit is {limit}")
     kind: Literal["rank", "score"]
     if _LISTWISE.search(text):
         kind = "rank"
@@ -80,7 +89,8 @@ def parse(messages: list[dict[str, Any]]) -> ArrPrompt:
         raise BadRequestError(f"a score prompt needs 1 candidate image, got {len(images)}")
     if kind == "rank" and len(images) < 2:
         raise BadRequestError(f"a rank prompt needs 2 candidate images or more, got {len(images)}")
-    return ArrPrompt(kind, caption, tuple(images), source, _rubric(rubrics, task), low, high)
+    rubric = _rubric(rubrics, task, settings.max_criteria)
+    return ArrPrompt(kind, caption, tuple(images), source, rubric, low, high)
 
 
 def _blocks(message: dict[str, Any]) -> tuple[list[str], list[Any], Any | None]:
@@ -123,17 +133,22 @@ def _sections(text: str) -> tuple[str, str]:
 
 def _range(text: str) -> tuple[int, int]:
     found = _RANGE.findall(text)
+    if found and max(map(len, found[-1])) > MAX_BOUND:
+        raise BadRequestError(f"a bound of the score range has over {MAX_BOUND} characters")
     low, high = (int(part) for part in found[-1]) if found else (1, 5)
     if low >= high:
         raise BadRequestError(f"score range {low} to {high} is empty")
     return low, high
 
 
-def _rubric(text: str, task: Task) -> Rubric:
+def _rubric(text: str, task: Task, limit: int) -> Rubric:
     """The rubrics as criteria; text without a list in it is one criterion."""
     if not text:
         raise BadRequestError("the rubrics section is empty")
     try:
+        count = len(parse_themes(text))
+        if count > limit:
+            raise BadRequestError(f"the prompt has {count} criteria, the limit is {limit}")
         return Rubric.from_text(text, name="request", task=task)
     except RubricError:
         return Rubric(name="request", task=task, criteria=(Criterion(id="rubric", text=text),))

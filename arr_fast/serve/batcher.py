@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arr_fast.serve.calls import Call
-from arr_fast.serve.failures import DeadlineError, DrainingError, QueueFullError
+from arr_fast.serve.failures import AsleepError, DeadlineError, DrainingError, QueueFullError
 from arr_fast.serve.metrics import Metrics
 from arr_fast.serve.settings import ServeSettings
 
@@ -74,6 +74,11 @@ class Batcher:
     def is_alive(self) -> bool:
         """Whether the engine thread runs and takes requests."""
         return self._thread.is_alive() and not self._draining
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the judge sleeps; requests that reach it are then refused."""
+        return bool(self._judge.stats()["asleep"])
 
     @property
     def is_full(self) -> bool:
@@ -236,17 +241,22 @@ class Batcher:
             return calls[0].run(self._judge, calls)
         except Exception as error:
             if len(calls) == 1:
-                logger.exception("a %s call failed", calls[0].kind)
-                return [error]
+                return [self._failure(calls[0], error)]
             logger.warning("a merged %s call failed, repeating: %s", calls[0].kind, error)
         results: list[Any] = []
         for call in calls:
             try:
                 results += call.run(self._judge, [call])
             except Exception as error:
-                logger.exception("a %s call failed", call.kind)
-                results.append(error)
+                results.append(self._failure(call, error))
         return results
+
+    def _failure(self, call: Call, error: Exception) -> Exception:
+        """What a call comes to that raised."""
+        if self.is_asleep:
+            return AsleepError("the judge sleeps", retry_after=5.0)
+        logger.error("a %s call failed", call.kind, exc_info=error)
+        return error
 
     def _show_queue(self) -> None:
         self._metrics.queued.set(len(self._queue))

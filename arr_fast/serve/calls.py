@@ -119,7 +119,7 @@ class CompareCall:
             sources=_joined_sources(calls),
             **self.options.arguments(),
         )
-        return _shares(verdicts, calls, "pairs")
+        return _shares(verdicts, calls, "pair")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class ScoreCall:
             label_mass=self.label_mass,
             label_mass_threshold=self.label_mass_threshold,
         )
-        return _shares(verdicts, calls, "images")
+        return _shares(verdicts, calls, "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +191,13 @@ class RankCall:
         total = 0
         for number, group in enumerate(self.groups):
             source = None if self.sources is None else (self.sources[number],)
-            pair = [(group[0], group[1])]
-            one = estimate_tokens(
-                self.prompts[number : number + 1], self.rubrics[number : number + 1], pair, source
+            around = estimate_tokens(
+                self.prompts[number : number + 1], self.rubrics[number : number + 1], (), source
             )
-            total += one * (len(group) * (len(group) - 1) // 2)
+            # Each image meets every other one once.
+            meetings = len(group) - 1
+            pixels = sum(image.width * image.height for image in group)
+            total += around * len(group) * meetings // 2 + meetings * pixels // PIXELS_PER_TOKEN
         return total * (2 if self.options.orders == "both" else 1)
 
     def run(self, judge: Judge, calls: Sequence[RankCall]) -> list[Any]:
@@ -207,7 +209,7 @@ class RankCall:
             sources=_joined_sources(calls),
             **self.options.arguments(),
         )
-        return _shares(verdicts, calls, "groups")
+        return _shares(verdicts, calls, "group")
 
 
 def estimate_tokens(
@@ -238,22 +240,35 @@ def _joined_sources(calls: Sequence[Any]) -> list[Any] | None:
     return None if calls[0].sources is None else _joined(calls, "sources")
 
 
-def _shares(verdicts: Any, calls: Sequence[Any], items: str) -> list[Any]:
+def _shares(verdicts: Any, calls: Sequence[Any], noun: str) -> list[Any]:
     """Each call's own part of shared verdicts, as the answer that it would have got alone.
 
     Args:
         verdicts: Of all calls, in their order.
         calls: The calls.
-        items: Name of the list in the answer: "pairs", "images" or "groups".
+        noun: What errors call an item: "pair", "image" or "group"; the list in the answer has its
+            plural.
     """
     whole = verdicts.to_json()
     answers, begin = [], 0
     for call in calls:
-        own = {items: whole[items][begin : begin + call.items]}
+        own = whole[f"{noun}s"][begin : begin + call.items]
+        for number, item in enumerate(own):
+            # The errors of a group are those of its pairs.
+            for verdict in item.get("pairs", [item]):
+                verdict["error"] = _renumbered(verdict["error"], noun, begin + number, number)
         provenance = _provenance(verdicts.provenance, call.rubrics)
-        answers.append({**whole, "provenance": provenance, **own})
+        answers.append({**whole, "provenance": provenance, f"{noun}s": own})
         begin += call.items
     return answers
+
+
+def _renumbered(error: str | None, noun: str, shared: int, own: int) -> str | None:
+    """An error that names an item by its place in a shared call, with its place in its own."""
+    name = f"{noun} {shared}: "
+    if error is None or not error.startswith(name):
+        return error
+    return f"{noun} {own}: {error.removeprefix(name)}"
 
 
 def _provenance(shared: Provenance, rubrics: Sequence[Rubric]) -> dict[str, Any]:

@@ -82,14 +82,17 @@ def serve(
             if error.name not in ("fastapi", "uvicorn", "prometheus_client", "msgpack", "h11"):
                 raise
             raise MissingDependencyError(str(error.name), "serve") from error
-        from arr_fast.serve.settings import ServeSettings
+        from arr_fast.serve.settings import MAX_OPEN_BODY_BYTES, ServeSettings
 
         given: dict[str, Any] = {
             "max_batch_tokens": max_batch_tokens,
             "max_wait_ms": max_wait_ms,
             "max_queued_requests": max_queue,
-            "max_body_bytes": None if max_body_mb is None else max_body_mb << 20,
         }
+        if max_body_mb is not None:
+            # Two of the longest bodies at once, or a second client would always be refused.
+            held = max(MAX_OPEN_BODY_BYTES, 2 * max_body_mb << 20)
+            given |= {"max_body_bytes": max_body_mb << 20, "max_open_body_bytes": held}
         settings = ServeSettings(
             host=host,
             port=port,

@@ -84,6 +84,13 @@ class DrainingError(ServeError):
     kind = "draining"
 
 
+class AsleepError(ServeError):
+    """The judge sleeps, and whoever put it to sleep has not woken it yet."""
+
+    status = 503
+    kind = "asleep"
+
+
 class DeadlineError(ServeError):
     """The request's deadline passed before it was judged."""
 

@@ -63,14 +63,10 @@ class Gateway:
         Raises:
             ServeError: Refused, too late, or the client is gone.
         """
-        timings: dict[str, float] = request.scope.setdefault("arr_fast.timings", {})
-        deadline = time.monotonic() + self._timeout(request, timeout_s)
-        started = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        decoding = loop.run_in_executor(self._decoders, build)
-        call = await self._wait(request, decoding, deadline)
-        timings["decode"] = time.perf_counter() - started
+        call = await self.decode(request, build, timeout_s)
+        timings: dict[str, float] = request.scope["arr_fast.timings"]
         self.metrics.seconds.labels("decode").observe(timings["decode"])
+        deadline = self._deadline(request, timeout_s)
         ticket = self.batcher.submit(call, deadline)
         try:
             result = await self._wait(request, asyncio.wrap_future(ticket.future), deadline)
@@ -78,6 +74,26 @@ class Gateway:
             ticket.future.cancel()
             _note(ticket, timings)
         return result
+
+    async def decode(
+        self, request: Request, work: Callable[[], Value], timeout_s: float | None = None
+    ) -> Value:
+        """Runs a part of decoding in a worker thread and waits for it.
+
+        Args:
+            request: The HTTP request; its deadline counts from its first part on.
+            work, timeout_s: As `build` and `timeout_s` of `ask`.
+
+        Raises:
+            ServeError: Refused, too late, or the client is gone.
+        """
+        timings: dict[str, float] = request.scope.setdefault("arr_fast.timings", {})
+        deadline = self._deadline(request, timeout_s)
+        started = time.perf_counter()
+        decoding = asyncio.get_running_loop().run_in_executor(self._decoders, work)
+        value = await self._wait(request, decoding, deadline)
+        timings["decode"] = timings.get("decode", 0.0) + time.perf_counter() - started
+        return value
 
     async def _wait(self, request: Request, work: asyncio.Future[Value], deadline: float) -> Value:
         """Waits for work, the deadline, or the client's leaving, whichever comes first."""
@@ -97,6 +113,12 @@ class Gateway:
         if leaving in done:
             raise ClientGoneError("the client closed the connection")
         raise DeadlineError("the deadline passed before the verdict was there")
+
+    def _deadline(self, request: Request, asked: float | None) -> float:
+        """When nobody wants the answer any more, as it was when first asked about the request."""
+        latest = time.monotonic() + self._timeout(request, asked)
+        deadline: float = request.scope.setdefault("arr_fast.deadline", latest)
+        return deadline
 
     def _timeout(self, request: Request, asked: float | None) -> float:
         header = request.headers.get("x-request-timeout")

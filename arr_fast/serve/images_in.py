@@ -6,12 +6,14 @@ the server's file system is never read.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
 import re
 import warnings
 from typing import Any
+from urllib.parse import unquote
 
 from PIL import Image
 
@@ -25,7 +27,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*:", re.ASCII | re.IGNORECASE)
 
 
 class ImageReader:
-    """Decodes the images of requests.
+    """Decodes the images of one request, whose pixels it counts.
 
     Args:
         settings: Size limits and the URL allow-list.
@@ -33,6 +35,7 @@ class ImageReader:
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
+        self._pixels = 0
 
     def read(self, value: Any, name: str) -> CanonicalImage:
         """Reads one image.
@@ -71,7 +74,7 @@ class ImageReader:
             raise BadRequestError(f"{name}: not valid base64 and not a data URL") from None
 
     def _check_header(self, data: bytes, name: str) -> None:
-        """Refuses an image whose header promises too many pixels, before anything is decoded."""
+        """Refuses an image whose header promises too many pixels, before it is decoded."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -83,28 +86,57 @@ class ImageReader:
         limit = self._settings.max_image_pixels
         if width * height > limit:
             raise BadRequestError(f"{name}: {width}x{height} pixels, the limit is {limit} in all")
+        self._pixels += width * height
+        if self._pixels > self._settings.max_request_pixels:
+            raise BadRequestError(
+                f"{name}: {self._pixels} pixels in the images up to this one, the limit of a "
+                f"request is {self._settings.max_request_pixels}"
+            )
 
     def _fetch(self, url: str, name: str) -> bytes:
-        """GETs an allowed URL; redirects are not followed, and the size is bounded."""
-        if not url.startswith(self._settings.url_prefixes or ("\0",)) or "/../" in url:
+        """GETs an allowed URL; redirects are not followed, and size and time are bounded."""
+        if not self._allows(url):
             raise BadRequestError(
                 f"{name}: URLs are not fetched unless the server allows them; send base64 instead"
             )
+        return asyncio.run(self._get(url, name))
+
+    def _allows(self, url: str) -> bool:
+        """Whether a URL has an allowed prefix, both as it stands and as it would be requested."""
+        prefixes = self._settings.url_prefixes
+        if not url.startswith(prefixes):
+            return False
         import httpx
 
-        limit = self._settings.max_body_bytes
+        try:
+            parsed = httpx.URL(url)
+        except (httpx.InvalidURL, UnicodeError):
+            return False
+        # httpx resolves "..", but the host may also resolve what is escaped.
+        leaves = ".." in re.split(r"[/\\]", unquote(parsed.path))
+        normal = tuple(str(httpx.URL(prefix)) for prefix in prefixes)
+        return not leaves and str(parsed).startswith(normal)
+
+    async def _get(self, url: str, name: str) -> bytes:
+        """The body of an answer; asynchronous for a limit on the whole time, headers included."""
+        import httpx
+
+        limit, seconds = self._settings.max_body_bytes, self._settings.url_timeout_s
         data = bytearray()
         try:
-            with (
-                httpx.Client(timeout=self._settings.url_timeout_s, trust_env=False) as client,
+            async with (
+                asyncio.timeout(seconds),
+                httpx.AsyncClient(timeout=None, trust_env=False) as client,
                 client.stream("GET", url, follow_redirects=False) as response,
             ):
                 if response.status_code != 200:
                     raise BadRequestError(f"{name}: the URL answered {response.status_code}")
-                for piece in response.iter_bytes():
+                async for piece in response.aiter_bytes():
                     data += piece
                     if len(data) > limit:
                         raise BadRequestError(f"{name}: the URL sends over {limit} bytes")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except TimeoutError:
+            raise BadRequestError(f"{name}: the URL takes over {seconds:g} s") from None
+        except httpx.HTTPError as error:
             raise BadRequestError(f"{name}: cannot fetch: {type(error).__name__}") from None
         return bytes(data)

@@ -117,7 +117,8 @@ class LabelCall:
                 try:
                     found, labels = call._prepare(engine, features, table)
                 except ArrFastError as error:
-                    errors[number] = error
+                    is_long = isinstance(error, PromptTooLongError)
+                    errors[number] = BadRequestError(str(error)) if is_long else error
                     found, labels = [], []
                 paths.append(found)
                 wanted.append(labels)
@@ -158,7 +159,8 @@ class LabelCall:
             return paths, labels
         encoded = [engine.prompts.encode([*self.parts, leaf], []) for leaf in leaves]
         sequences = [np.concatenate([run.ids for run in runs]) for runs in encoded]
-        return _text_paths(engine, sequences, table, "the request"), labels
+        names = [question.name for question in self.questions]
+        return _text_paths(engine, sequences, table, names), labels
 
     def _label_ids(self, engine: Engine, question: ChatQuestion) -> tuple[int, ...]:
         try:
@@ -187,17 +189,20 @@ def _raw_paths(
                     f"{name}[{number}]: token {bad[0]} is not one of {vocabulary} text tokens"
                 )
     arrays = [np.asarray(ids, dtype=np.int64) for ids in sequences]
-    return _text_paths(engine, arrays, table, "items"), list(label_ids)
+    names = [f"items[{number}]" for number in range(len(arrays))]
+    return _text_paths(engine, arrays, table, names), list(label_ids)
 
 
 def _text_paths(
-    engine: Engine, sequences: Sequence[np.ndarray], table: ImageTable, name: str
+    engine: Engine, sequences: Sequence[np.ndarray], table: ImageTable, names: Sequence[str]
 ) -> list[Path]:
     """Paths without images; what all sequences open with becomes their shared part."""
     limit = int(engine.adapter.text_config.max_position_embeddings)
-    longest = max(len(ids) for ids in sequences)
-    if longest > limit:
-        raise PromptTooLongError(f"{name}: {longest} tokens, the model's context holds {limit}")
+    for name, ids in zip(names, sequences, strict=True):
+        if len(ids) > limit:
+            raise PromptTooLongError(
+                f"{name}: the prompt has {len(ids)} tokens, the model's context holds {limit}"
+            )
     shared = min(len(ids) for ids in sequences)
     first = sequences[0]
     for ids in sequences[1:]:

@@ -9,12 +9,13 @@ Face's {"bytes": ...}. Other formats become these by `arr-fast data convert`.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arr_fast.data.arr_json import parse
+from arr_fast.data.arr_json import PROMPT, parse
 from arr_fast.data.fields import Row
 from arr_fast.data.record import EmbeddedImage, ImageRef, ItemError, Place, Record
 from arr_fast.errors import ArrFastError, BadImageError, RubricError
@@ -72,7 +73,9 @@ def judge_dataset(
     Returns:
         A dataset with a row for each row of the input: `name`, `prompt`, `status` (ok | tie |
         low_label_mass | error), `error`, `winner` and `probability` (compare), `score` (compare and
-        score), `ranking` and `win_rate` (rank), and `verdict`, the whole object as JSON.
+        score), `ranking` and `win_rate` (rank), and `verdict`, the whole object as JSON. A row
+        without an `id` or `pair_id` is named by its actor and its place in what that one took:
+        Ray tells an actor nothing of its rows' places in their files.
 
     Raises:
         ArrFastError: An unknown kind.
@@ -108,6 +111,8 @@ class JudgeActor:
         self._work = work
         self._judge = Judge.from_pretrained(**work.judge)
         self._rubric_of = RubricBook(work.rubric, str(work.judge["model"]))
+        # Names of rows must not meet those of another actor, which counts its own rows.
+        self._source = f"row-{uuid.uuid4().hex[:8]}"
         self._seen = 0
 
     def __call__(self, table: Any) -> Any:
@@ -123,11 +128,19 @@ class JudgeActor:
         answers: list[dict[str, Any]] = [{} for _ in rows]
         tasks: dict[str, list[_Item]] = {}
         for number, values in enumerate(rows):
-            place = Place("row", self._seen + number + 1)
+            # A parquet column that most rows leave empty is null here, which means absent.
+            given = {name: value for name, value in values.items() if value is not None}
+            place = Place(self._source, self._seen + number + 1)
+            row = Row(place, Path(self._work.folder), given)
             try:
-                item = self._item(number, place, values)
+                item = self._item(number, row)
             except (ItemError, RubricError, BadImageError) as error:
-                answers[number] = {"name": str(place), "status": "error", "error": str(error)}
+                answers[number] = {
+                    "name": _writable(row.name("id", "pair_id")),
+                    "prompt": _prompt(row),
+                    "status": "error",
+                    "error": str(error),
+                }
             else:
                 # A call has sources for all or for none.
                 tasks.setdefault(item.record.task, []).append(item)
@@ -138,10 +151,8 @@ class JudgeActor:
                 answers[item.number] = {"name": record.name, "prompt": record.prompt, **answer}
         return answers
 
-    def _item(self, number: int, place: Place, values: Mapping[str, Any]) -> _Item:
-        # A parquet column that most rows leave empty is null here, which means absent.
-        given = {name: value for name, value in values.items() if value is not None}
-        record = parse(Row(place, Path(self._work.folder), given))
+    def _item(self, number: int, row: Row) -> _Item:
+        record, place = parse(row), row.place
         count = len(record.images)
         wanted = {"compare": count == 2, "score": count == 1, "rank": count >= 2}
         if not wanted[self._work.kind]:
@@ -176,6 +187,17 @@ class _Item:
     rubric: Rubric
     images: tuple[CanonicalImage, ...]
     source: CanonicalImage | None
+
+
+def _prompt(row: Row) -> str | None:
+    """The prompt of a row that cannot be judged, if it has one."""
+    found = next((row.values[name] for name in PROMPT if name in row.values), None)
+    return _writable(found) if isinstance(found, str) else None
+
+
+def _writable(text: str) -> str:
+    """Text without the lone surrogates that may be what is wrong with a row."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _image(image: ImageRef, name: str) -> CanonicalImage:

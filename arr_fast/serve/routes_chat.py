@@ -16,6 +16,7 @@ from arr_fast.serve.arr_prompt import ArrPrompt, parse
 from arr_fast.serve.calls import Call, PairOptions, RankCall, ScoreCall
 from arr_fast.serve.failures import BadRequestError, UnjudgedError
 from arr_fast.serve.gateway import Gateway
+from arr_fast.serve.images_in import ImageReader
 from arr_fast.serve.routes_judge import REFUSALS
 
 router = APIRouter(tags=["chat"])
@@ -51,7 +52,7 @@ async def chat(request: Request, body: ChatRequest) -> JSONResponse:
     gateway: Gateway = request.app.state.gateway
     if body.stream:
         raise BadRequestError("stream is not supported: the answer is read, not generated")
-    prompt = parse(body.messages)
+    prompt = await gateway.decode(request, lambda: parse(body.messages, gateway.settings))
     result = await gateway.ask(request, lambda: _call(gateway, prompt))
     content = _ranked(result) if prompt.kind == "rank" else _scored(result, prompt)
     message = {"role": "assistant", "content": json.dumps(content), "refusal": None}
@@ -77,9 +78,9 @@ def _call(gateway: Gateway, prompt: ArrPrompt) -> Call:
     # Through the builder, so that a rubric in a prompt meets the same limits as any other.
     spec = prompt.rubric.model_dump(exclude_defaults=True)
     rubrics = builder.rubrics(spec, 1, prompt.source is not None)
-    images = tuple(builder.images.read(v, f"image {n + 1}") for n, v in enumerate(prompt.images))
-    source = prompt.source
-    sources = None if source is None else (builder.images.read(source, "image BASE"),)
+    read = ImageReader(settings).read
+    images = tuple(read(v, f"image {n + 1}") for n, v in enumerate(prompt.images))
+    sources = None if prompt.source is None else (read(prompt.source, "image BASE"),)
     if prompt.kind == "score":
         return ScoreCall((prompt.caption,), images, sources, rubrics)
     options = builder.fit(PairOptions(), rubrics)

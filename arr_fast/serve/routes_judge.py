@@ -17,7 +17,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request makes no sense; the message names the item"},
     413: {"description": "The body is over the limit"},
     429: {"description": "The queue is full; see Retry-After"},
-    503: {"description": "The server is stopping"},
+    503: {"description": "The server is stopping, or the judge sleeps"},
     504: {"description": "The deadline passed"},
 }
 

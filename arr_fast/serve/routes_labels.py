@@ -13,6 +13,7 @@ from starlette.requests import Request
 from arr_fast.prompts import ImageSlot, Part
 from arr_fast.serve.failures import BadRequestError
 from arr_fast.serve.gateway import Gateway
+from arr_fast.serve.images_in import ImageReader
 from arr_fast.serve.label_calls import LabelCall, LabelReading
 from arr_fast.serve.routes_judge import REFUSALS
 from arr_fast.serve.systemone import SystemOneRequest, chat_question, response, shared_text
@@ -78,12 +79,13 @@ def _systemone_call(gateway: Gateway, body: SystemOneRequest) -> LabelCall:
         raise BadRequestError(f"{len(body.images)} images, the limit is {settings.max_images}")
     text = shared_text(body)
     gateway.builder.check_text(text, "state")
+    for name in body.questions:
+        gateway.builder.check_text(name, "a question id")
     questions = tuple(chat_question(name, q) for name, q in body.questions.items())
     for question in questions:
         gateway.builder.check_text(question.text, question.name)
-    images = tuple(
-        gateway.builder.images.read(value, f"images[{n}]") for n, value in enumerate(body.images)
-    )
+    read = ImageReader(settings).read
+    images = tuple(read(value, f"images[{n}]") for n, value in enumerate(body.images))
     parts: list[Part] = []
     for number in range(len(images)):
         label = "Image" if len(images) == 1 else f"Image {number + 1}"

@@ -28,6 +28,7 @@ from arr_fast.serve.calls import Call, PairOptions, RankCall, ScoreCall
 from arr_fast.serve.failures import BadRequestError, ForbiddenError, ServeError, UnjudgedError
 from arr_fast.serve.gateway import Gateway
 from arr_fast.serve.guard import error_headers
+from arr_fast.serve.images_in import ImageReader
 from arr_fast.serve.routes_judge import REFUSALS
 from arr_fast.serve.settings import is_loopback
 from arr_fast.serve.unpickle import load_plain
@@ -67,11 +68,8 @@ async def compute(request: Request, body: ComputeRequest) -> JSONResponse:
 async def reward_msgpack(request: Request) -> Response:
     """flow_grpo's payload as msgpack: {"images": [bytes], "prompts": [str], ...}."""
     data = await request.body()
-    try:
-        payload = msgpack.unpackb(data, raw=False, strict_map_key=True)
-    except Exception as error:
-        raise BadRequestError(f"not msgpack: {type(error).__name__}") from None
-    answer = await _answer(request, payload)
+    gateway: Gateway = request.app.state.gateway
+    answer = await _answer(request, await gateway.decode(request, lambda: _unpack(data)))
     return Response(msgpack.packb(answer), media_type="application/msgpack")
 
 
@@ -85,12 +83,21 @@ async def reward_pickle(request: Request) -> Response:
     try:
         if not is_loopback(request.client.host if request.client else None):
             raise ForbiddenError("the pickle protocol is for this machine only")
-        answer = await _answer(request, load_plain(await request.body()))
+        data = await request.body()
+        gateway: Gateway = request.app.state.gateway
+        answer = await _answer(request, await gateway.decode(request, lambda: load_plain(data)))
     except ServeError as error:
         answer = {"error": str(error)}
         status, headers = error.status, error_headers(error)
     body = pickle.dumps(answer, protocol=4)
     return Response(body, status, headers, media_type="application/octet-stream")
+
+
+def _unpack(data: bytes) -> Any:
+    try:
+        return msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except Exception as error:
+        raise BadRequestError(f"not msgpack: {type(error).__name__}") from None
 
 
 async def _answer(request: Request, payload: Any) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def _point_call(
     requirements: list[str] | None,
 ) -> ScoreCall:
     rubrics = _rubrics(gateway, prompts, images, sources, requirements)
-    read = gateway.builder.images.read
+    read = ImageReader(gateway.settings).read
     return ScoreCall(
         tuple(prompts),
         tuple(read(image, f"images[{n}]") for n, image in enumerate(images)),
@@ -179,7 +186,7 @@ def _group_call(
                 f"prompts[{places[0]}] has {len(places)} images in this request; reward mode "
                 f"'group' needs 2 to {gateway.settings.max_group} of each prompt"
             )
-    read = gateway.builder.images.read
+    read = ImageReader(gateway.settings).read
     firsts = [places[0] for places in groups.values()]
     chosen = tuple(rubrics[first] for first in firsts)
     return RankCall(

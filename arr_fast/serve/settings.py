@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from arr_fast.rubric import Rubric
 
 RewardMode = Literal["point", "group"]
+MAX_OPEN_BODY_BYTES = 256 << 20
 
 
 class ServeSettings(BaseModel):
@@ -30,12 +31,14 @@ class ServeSettings(BaseModel):
         max_timeout_s: Longest deadline that a request may ask for.
         drain_timeout_s: How long accepted requests may take to finish after SIGTERM.
         max_body_bytes: Longest body; longer ones are refused with 413.
-        max_open_body_bytes: Bytes of all bodies that are held at once.
+        max_open_body_bytes: Bytes of all bodies that are held at once; at least one body.
         body_timeout_s: Time that a client has to send its body.
         header_timeout_s: Time that a client has to send its headers.
         max_connections: Open connections.
         max_images: Images in one request.
         max_image_pixels: Pixels of one image, read from its header before it is decoded.
+        max_request_pixels: Pixels of all images of one request, counted in the same way; the
+            default is 256 images of 1024 x 1024, or 768 MiB once decoded.
         max_items: Pairs, images or groups in one request.
         max_group: Candidates in one group.
         max_criteria: Criteria in one rubric.
@@ -43,7 +46,7 @@ class ServeSettings(BaseModel):
         max_questions: Questions in one decision request.
         url_prefixes: Image URLs that may be fetched; none by default. A prefix names the scheme,
             the host and a path: "https://images.example.org/set1/".
-        url_timeout_s: Time that fetching one image may take.
+        url_timeout_s: Time that fetching one image may take, from connecting to its last byte.
         pickle: Whether the flow_grpo pickle protocol is served; loopback only.
         reward_mode: What a reward protocol (pickle, msgpack, /compute) returns: "point" scores
             each image alone; "group" ranks the images that share a prompt.
@@ -64,12 +67,13 @@ class ServeSettings(BaseModel):
     max_timeout_s: float = Field(default=600.0, gt=0.0)
     drain_timeout_s: float = Field(default=60.0, gt=0.0)
     max_body_bytes: int = Field(default=32 << 20, ge=1)
-    max_open_body_bytes: int = Field(default=256 << 20, ge=1)
+    max_open_body_bytes: int = Field(default=MAX_OPEN_BODY_BYTES, ge=1)
     body_timeout_s: float = Field(default=30.0, gt=0.0)
     header_timeout_s: float = Field(default=10.0, gt=0.0)
     max_connections: int = Field(default=512, ge=1)
     max_images: int = Field(default=128, ge=1)
     max_image_pixels: int = Field(default=16_777_216, ge=1)
+    max_request_pixels: int = Field(default=268_435_456, ge=1)
     max_items: int = Field(default=64, ge=1)
     max_group: int = Field(default=32, ge=2)
     max_criteria: int = Field(default=128, ge=1)
@@ -91,6 +95,15 @@ class ServeSettings(BaseModel):
             if "@" in rest.partition("/")[0]:
                 raise ValueError(f"url prefix {prefix!r} must not hold a user name")
         return value
+
+    @model_validator(mode="after")
+    def _a_body_can_be_held(self) -> Self:
+        if self.max_open_body_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_open_body_bytes {self.max_open_body_bytes} is under max_body_bytes "
+                f"{self.max_body_bytes}, so no body of that length could be held"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pickle_stays_at_home(self) -> Self:

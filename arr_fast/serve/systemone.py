@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from arr_fast.serve.failures import BadRequestError
 from arr_fast.serve.label_calls import ChatQuestion, LabelReading
 
 MAX_CHOICES = len(string.ascii_uppercase)
@@ -194,10 +195,19 @@ def response(request: SystemOneRequest, readings: list[LabelReading], model: str
 
 
 def _words(value: Any) -> str:
-    """Text as it is, None as nothing, anything else as JSON."""
+    """Text as it is, None as nothing, anything else as JSON.
+
+    Raises:
+        BadRequestError: It holds NaN or an infinity, which no JSON could echo.
+    """
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise BadRequestError("NaN and infinities are not JSON") from None
 
 
 def _unit(value: float) -> float:

@@ -2,7 +2,9 @@
 
 Two locks. First the opcodes are scanned, without executing any: only those that build plain data
 are admitted, and memo indices must be small (a large one makes the unpickler allocate gigabytes).
-Then an unpickler that can import nothing reads the data.
+Keys of dicts and members of sets must be simple: tuples are hashed recursively, which a shared one
+makes exponential and a deep one a crash, and long integers may be chosen to collide. Then an
+unpickler that can import nothing reads the data.
 """
 
 from __future__ import annotations
@@ -30,6 +32,19 @@ _PLAIN = frozenset(
     )
 )
 _PUTS = ("BINPUT", "LONG_BINPUT")
+_GETS = ("BINGET", "LONG_BINGET")
+# What takes objects from the stack: how many, or None for all above the last mark.
+_TAKES = {
+    **{"APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "STOP": 1},
+    **{"APPENDS": None, "SETITEMS": None, "ADDITEMS": None, "TUPLE": None},
+}
+_CONTAINERS = frozenset(
+    (
+        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"),
+    )
+)
+_MAKES_NOTHING = ("PROTO", "FRAME", "STOP", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -66,6 +81,7 @@ def load_plain(data: bytes) -> Any:
 
 
 def _scan(data: bytes) -> None:
+    stack = _KeyStack()
     for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
         if opcode.name not in _PLAIN:
             raise BadRequestError(f"pickle opcode {opcode.name} at {position} is not plain data")
@@ -73,6 +89,49 @@ def _scan(data: bytes) -> None:
             raise BadRequestError(f"pickle memo index {argument} at {position} is out of order")
         if count >= MAX_OPCODES:
             raise BadRequestError(f"the pickle has over {MAX_OPCODES} opcodes")
+        if not all(stack.step(opcode.name, argument)):
+            raise BadRequestError(
+                f"pickle opcode {opcode.name} at {position}: a key must be text, bytes, None or a "
+                "number of at most 64 bits"
+            )
+
+
+class _KeyStack:
+    """The unpickler's stack and memo, with only this of each object: whether it may be a key."""
+
+    def __init__(self) -> None:
+        self._stack: list[bool | None] = []  # None is a mark
+        self._memo: dict[Any, bool | None] = {}
+
+    def step(self, name: str, argument: Any) -> list[bool | None]:
+        """Executes an opcode; returns what it hashes."""
+        if name in _PUTS or name == "MEMOIZE":
+            self._memo[len(self._memo) if argument is None else argument] = self._stack[-1]
+        elif name in _GETS:
+            self._stack.append(self._memo[argument])
+        elif name == "MARK":
+            self._stack.append(None)
+        else:
+            taken = self._take(_TAKES[name]) if name in _TAKES else []
+            if name not in _MAKES_NOTHING:
+                is_long = isinstance(argument, int) and not -(2**63) <= argument < 2**63
+                self._stack.append(name not in _CONTAINERS and not is_long)
+            if name in ("SETITEM", "SETITEMS"):
+                return taken[::2]
+            if name == "ADDITEMS":
+                return taken
+        return []
+
+    def _take(self, count: int | None) -> list[bool | None]:
+        """Removes so many objects, or all above the last mark with the mark."""
+        taken: list[bool | None] = []
+        while count is None or len(taken) < count:
+            taken.append(self._stack.pop())
+            if count is None and taken[-1] is None:
+                taken.pop()
+                break
+        taken.reverse()
+        return taken
 
 
 def _check(value: Any) -> None:

@@ -92,7 +92,6 @@ class CallBuilder:
 
     def __init__(self, settings: ServeSettings, revision: str) -> None:
         self.settings = settings
-        self.images = ImageReader(settings)
         self._revision = revision
 
     def compare(self, request: CompareRequest) -> CompareCall:
@@ -102,9 +101,10 @@ class CallBuilder:
             BadRequestError: Lists of different lengths, over a limit, a bad image or rubric.
         """
         count = self._check_prompts(request.prompts)
-        first = self._list(request.images_a, count, "images_a")
-        second = self._list(request.images_b, count, "images_b")
-        sources = self._sources(request.sources, count)
+        reader = ImageReader(self.settings)
+        first = self._list(reader, request.images_a, count, "images_a")
+        second = self._list(reader, request.images_b, count, "images_b")
+        sources = self._sources(reader, request.sources, count)
         rubrics = self.rubrics(request.rubric, count, request.sources is not None)
         return CompareCall(
             tuple(request.prompts), first, second, sources, rubrics, self._pair(request, rubrics)
@@ -113,8 +113,9 @@ class CallBuilder:
     def score(self, request: ScoreRequest) -> ScoreCall:
         """A score call; raises as `compare`."""
         count = self._check_prompts(request.prompts)
-        images = self._list(request.images, count, "images")
-        sources = self._sources(request.sources, count)
+        reader = ImageReader(self.settings)
+        images = self._list(reader, request.images, count, "images")
+        sources = self._sources(reader, request.sources, count)
         rubrics = self.rubrics(request.rubric, count, request.sources is not None)
         return ScoreCall(
             tuple(request.prompts),
@@ -137,11 +138,12 @@ class CallBuilder:
                     f"{self.settings.max_group}"
                 )
         self._check_count(sum(map(len, request.groups)))
+        reader = ImageReader(self.settings)
         groups = tuple(
-            tuple(self.images.read(v, f"groups[{n}][{i}]") for i, v in enumerate(group))
+            tuple(reader.read(v, f"groups[{n}][{i}]") for i, v in enumerate(group))
             for n, group in enumerate(request.groups)
         )
-        sources = self._sources(request.sources, count)
+        sources = self._sources(reader, request.sources, count)
         rubrics = self.rubrics(request.rubric, count, request.sources is not None)
         options = self._pair(request, rubrics)
         return RankCall(tuple(request.prompts), groups, sources, rubrics, options)
@@ -218,16 +220,18 @@ class CallBuilder:
             self.check_text(prompt, f"prompts[{number}]")
         return len(prompts)
 
-    def _list(self, values: list[WireImage], count: int, name: str) -> tuple[CanonicalImage, ...]:
+    def _list(
+        self, reader: ImageReader, values: list[WireImage], count: int, name: str
+    ) -> tuple[CanonicalImage, ...]:
         if len(values) != count:
             raise BadRequestError(f"{name} has {len(values)} items, prompts has {count}")
         self._check_count(count)
-        return tuple(self.images.read(value, f"{name}[{n}]") for n, value in enumerate(values))
+        return tuple(reader.read(value, f"{name}[{n}]") for n, value in enumerate(values))
 
     def _sources(
-        self, values: list[WireImage] | None, count: int
+        self, reader: ImageReader, values: list[WireImage] | None, count: int
     ) -> tuple[CanonicalImage, ...] | None:
-        return None if values is None else self._list(values, count, "sources")
+        return None if values is None else self._list(reader, values, count, "sources")
 
     def _check_count(self, images: int) -> None:
         if images > self.settings.max_images:
@@ -239,6 +243,8 @@ class CallBuilder:
             widths = {len(rubric.criteria) for rubric in rubrics}
             if weights is None or widths != {len(weights)}:
                 raise BadRequestError('"learned" needs one learned_weights entry per criterion')
+        elif weights is not None:
+            raise BadRequestError('learned_weights are for aggregation "learned" alone')
         if request.aggregation == "holistic" and request.mode == "criteria":
             raise BadRequestError('aggregation "holistic" needs mode "holistic" or "both"')
         if request.mode == "holistic" and request.aggregation not in (None, "holistic"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from arr_fast.autorubric.call_log import CallLog
+from arr_fast.autorubric.generate import generate_from_prompts
 from arr_fast.autorubric.labelled import LabelledPair, Reading
 from arr_fast.autorubric.pipeline import AutoRubric, verification_report
 from arr_fast.autorubric.settings import AutoRubricSettings
@@ -183,6 +184,27 @@ def test_unusable_answers_are_counted_with_their_text_and_no_answer_is_asked_aga
     assert len(again.writer.backend.asked) == 1 and outcomes[1].criteria.texts
 
 
+def test_a_prompt_without_an_answer_is_no_matter_for_the_writer() -> None:
+    def answer(request):
+        text = "".join(part for part in request.parts if isinstance(part, str))
+        if PAIRS[0].prompt in text:
+            return TextBackendError("APIConnectionError: no route")
+        # An answer that came and cannot be used is asked for again, with what was wrong.
+        if PAIRS[1].prompt in text and request.temperature == 0.0:
+            return "never JSON"
+        return json.dumps({"criteria": ["There is one shape."]})
+
+    one = loop(answer, name="default")
+    prompts = [(pair.prompt, None) for pair in PAIRS[:3]]
+    found = generate_from_prompts(one.writer, one.templates, prompts, SETTINGS)
+    assert [bool(each.texts) for each in found] == [False, True, True]
+    assert [each.answered for each in found] == [False, True, True]
+    assert "run again" in found[0].problem and "no route" in found[0].problem
+    asked = [str(request.parts) for request in one.writer.backend.asked]
+    assert [sum(prompt in text for text in asked) for prompt, _ in prompts] == [1, 2, 1]
+    assert not any("APIConnectionError" in text for text in asked)
+
+
 def test_general_and_specific_criteria_are_kept_apart() -> None:
     pair = next(p for p in PAIRS if "circle" in p.prompt)
 
@@ -255,6 +277,22 @@ def test_a_writers_structure_is_used_checked_and_replaced_when_broken() -> None:
     broken = loop(lambda _: "sorry", name="default")
     found = structure(candidates, outcomes, "t2i", SETTINGS, broken.writer, broken.templates)
     assert found.method == "clusters" and "could not be used" in found.notes[0]
+
+
+def test_criteria_that_few_pairs_support_take_no_place_from_others() -> None:
+    outcomes = outcomes_with(
+        {0: ["The image is sharp.", "It is whole."], 1: ["The image is sharp."]}
+    )
+    candidates = candidates_of(outcomes, range(2))
+    criteria = [
+        {"text": "It is whole.", "level": "coarse", "sources": [2]},
+        {"text": "The image is sharp.", "level": "fine", "sources": [1]},
+    ]
+    one = loop(lambda _: json.dumps({"themes": [{"theme": "Craft", "criteria": criteria}]}))
+    for least, kept in ((1, "It is whole."), (2, "The image is sharp."), (3, "It is whole.")):
+        settings = SETTINGS.model_copy(update={"structured": 1, "min_support": least})
+        found = structure(candidates, outcomes, "t2i", settings, one.writer, TemplateSet("default"))
+        assert (found.method, found.texts) == ("writer", (kept,))
 
 
 def test_a_judge_that_agrees_with_no_label_gives_no_rubric() -> None:

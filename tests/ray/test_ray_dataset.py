@@ -67,11 +67,24 @@ def test_rows_become_verdicts_and_bad_rows_errors(judge, rubric_file, tmp_path):
         assert_close(json.loads(found[seed]["verdict"]), verdict(judge, seed))
         assert found[seed]["name"] == f"r{seed}" and found[seed]["winner"] in ("A", "B", "tie")
     assert_close(json.loads(found[5]["verdict"]), verdict(judge, 1))
-    errors = [(found[n]["status"], found[n]["error"]) for n in (2, 3, 4, 6)]
-    assert all(status == "error" for status, _ in errors)
-    words = ("row:3", "has 1 images", "needs no source image", "row:7: image 0")
-    for (_, error), word in zip(errors, words, strict=True):
-        assert word in error
+    errors = [found[n] for n in (2, 3, 4, 6)]
+    assert all(row["status"] == "error" for row in errors)
+    words = (":3: prompt", "has 1 images", "needs no source image", ":7: image 0")
+    for row, word in zip(errors, words, strict=True):
+        assert word in row["error"]
+    assert [row["name"] for row in errors] == ["bad", "one", "edit", "broken"]
+    assert [row["prompt"] for row in errors] == [" ", "p", "p", "p"]
+
+
+def test_rows_without_an_id_have_names_that_no_other_actor_gives(judge, rubric_file):
+    given = [{"prompt": "scene 0", "image_a": b"x"}, {"image_a": b"x"}, {"pair_id": 7, "text": "t"}]
+    actors = [JudgeActor(Work("compare", JUDGE, rubric_file)) for _ in range(2)]
+    found = [row for actor in actors for _ in range(2) for row in actor.judge_rows(given)]
+    assert {row["status"] for row in found} == {"error"}
+    names = [row["name"] for row in found]
+    assert names[2::3] == ["7"] * 4 and len(set(names)) == 1 + 8
+    assert [row["prompt"] for row in found[:3]] == ["scene 0", None, "t"]
+    assert all(row["error"].startswith(row["name"]) for row in found if row["name"] != "7")
 
 
 @pytest.mark.parametrize("kind", ["score", "rank"])

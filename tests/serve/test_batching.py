@@ -7,12 +7,13 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import httpx
 import pytest
 
 from arr_fast.serve.batcher import Batcher
-from arr_fast.serve.calls import CompareCall, PairOptions
+from arr_fast.serve.calls import CompareCall, PairOptions, RankCall, ScoreCall
 from arr_fast.serve.failures import DeadlineError, DrainingError, QueueFullError
 from arr_fast.serve.metrics import Metrics
 from arr_fast.serve.settings import ServeSettings
@@ -105,6 +106,51 @@ def test_a_merged_call_that_fails_is_repeated_one_by_one(slow):
     assert all(ticket.future.result(60.0)["pairs"] for ticket in tickets)
     assert slow.calls == [1, 3, 1, 1, 1]
     batcher.close(10.0)
+
+
+def test_a_group_weighs_as_much_as_all_of_its_pairs():
+    sizes = (14, 14, 560, 280)
+    images = tuple(scenes.image(size, size, seed) for seed, size in enumerate(sizes))
+    rubrics, source = (scenes.rubric(3),), (scenes.image(140, 140, 9),)
+    for orders, sources in (("both", None), ("AB", source)):
+        options = PairOptions(orders=orders)
+        pairs = [
+            CompareCall(("a scene",), (a,), (b,), sources, rubrics, options).tokens
+            for a, b in combinations(images, 2)
+        ]
+        group = RankCall(("a scene",), (images,), sources, rubrics, options).tokens
+        # Each pair rounds on its own.
+        assert group == pytest.approx(sum(pairs), abs=2 * len(pairs))
+
+
+@pytest.mark.parametrize("kind", ["pair", "image", "group"])
+def test_errors_of_a_shared_call_name_the_item_of_its_own_request(judge, monkeypatch, kind):
+    def asked(*prompts: str):
+        (a, b), rubrics = pair(1), (scenes.rubric(1),) * len(prompts)
+        options = PairOptions().fitted(rubrics, "x")
+        firsts, seconds = (a,) * len(prompts), (b,) * len(prompts)
+        if kind == "pair":
+            return CompareCall(prompts, firsts, seconds, None, rubrics, options)
+        if kind == "image":
+            return ScoreCall(prompts, firsts, None, rubrics)
+        return RankCall(prompts, ((a, b, a),) * len(prompts), None, rubrics, options)
+
+    limit = 300
+    monkeypatch.setattr(judge.engine.adapter.text_config, "max_position_embeddings", limit)
+    long = "word " * limit
+    calls = [asked("fine", "also fine"), asked("fine", long), asked(long)]
+    merged = calls[0].run(judge, calls)
+    for call, together, number in zip(calls, merged, (None, 1, 0), strict=True):
+        (alone,) = call.run(judge, [call])
+        assert_close(json.loads(json.dumps(together)), json.loads(json.dumps(alone)))
+        told = {verdict["error"] for verdict in verdicts_in(together)} - {None}
+        assert len(told) == (number is not None)
+        assert all(error.startswith(f"{kind} {number}: ") for error in told)
+
+
+def verdicts_in(answer: dict) -> list[dict]:
+    of_groups = [pair for group in answer.get("groups", ()) for pair in group["pairs"]]
+    return [*of_groups, *answer.get("pairs", ()), *answer.get("images", ())]
 
 
 class ShortCall:

@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from arr_fast.images import to_image
+from arr_fast.serve import images_in
 from arr_fast.serve.failures import BadRequestError
 from arr_fast.serve.images_in import ImageReader
 from arr_fast.serve.settings import ServeSettings, is_loopback
@@ -197,6 +199,41 @@ def test_a_bomb_in_the_metadata_is_not_unpacked(strict, kind):
     assert peak < 32 << 20
 
 
+def test_the_pixels_of_a_request_are_bounded_before_they_are_decoded(judge, monkeypatch):
+    decoded = []
+
+    def seen(value, *, name):
+        decoded.append(name)
+        return to_image(value, name=name)
+
+    monkeypatch.setattr(images_in, "to_image", seen)
+    a, b = (base64.b64encode(png(scenes.image(20, 30, seed))).decode() for seed in (1, 2))
+    with running(judge, max_request_pixels=2 * 20 * 30) as run:
+        body = compare_body(images_a=[a], images_b=[b])
+        # Counted by request: the second one starts anew.
+        assert [run.http.post("/v1/judge/compare", json=body).status_code for _ in "xx"] == [
+            200
+        ] * 2
+        rubric = body["rubric"]
+        over = {
+            "/v1/judge/compare": {**body, "rubric": None, "sources": [a]},
+            "/v1/judge/score": {"prompts": ["p"] * 3, "images": [a, b, a], "rubric": rubric},
+            "/v1/judge/rank": {"prompts": ["p"], "groups": [[a, b, a]], "rubric": rubric},
+            "/compute": {"prompt": ["p"] * 3, "image": [a, b, a]},
+            "/v1/systemone": {
+                "state": "s",
+                "questions": {"q": {"type": "noul", "instructions": "?"}},
+                "images": [{"url": image} for image in (a, b, a)],
+            },
+        }
+        for route, content in over.items():
+            decoded.clear()
+            answer = run.http.post(route, json=content)
+            assert answer.status_code == 400, (route, answer.text)
+            assert "the limit of a request is 1200" in answer.json()["error"]["message"]
+            assert len(decoded) == 2, route
+
+
 def test_image_counts_are_bounded(strict):
     body = compare_body()
     many = {
@@ -239,6 +276,12 @@ class _Images(BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
+        if self.path.startswith("/ok/slow"):
+            self.end_headers() if self.path == "/ok/slow-body" else self.flush_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
         self.end_headers()
         data = png(scenes.image(20, 30, 1)) if self.path.endswith(".png") else b"x" * 100_000
         self.wfile.write(data)
@@ -265,6 +308,12 @@ def test_urls_are_fetched_only_from_the_allow_list(images_host):
     refused = {
         f"{images_host}/other/a.png": "not fetched",
         f"{images_host}/ok/../other/a.png": "not fetched",
+        f"{images_host}/ok/..?id=5": "not fetched",
+        f"{images_host}/ok/%2e%2e/other/a.png": "not fetched",
+        f"{images_host}/ok/.%2E%2Fother/a.png": "not fetched",
+        f"{images_host}/ok/..\\other/a.png": "not fetched",
+        f"{images_host}/ok/%252e%252e/other/a.png": "not fetched",
+        f"{images_host}/ok/\ud800": "not fetched",
         f"{images_host}/ok/redirect": "answered 302",
         f"{images_host}/ok/endless": "over 50000 bytes",
         f"{images_host.replace('http:', 'HTTP:')}/ok/a.png": "not fetched",
@@ -274,6 +323,15 @@ def test_urls_are_fetched_only_from_the_allow_list(images_host):
     for url, words in refused.items():
         with pytest.raises(BadRequestError, match=words):
             reader.read(url, "x")
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_host_that_trickles_holds_nobody_longer_than_the_limit(images_host, part):
+    reader = ImageReader(ServeSettings(url_prefixes=(f"{images_host}/ok/",), url_timeout_s=0.3))
+    begun = time.monotonic()
+    with pytest.raises(BadRequestError, match=r"x: the URL takes over 0\.3 s"):
+        reader.read(f"{images_host}/ok/slow-{part}", "x")
+    assert time.monotonic() - begun < 3.0
 
 
 @pytest.mark.parametrize("prefix", ["https://good.org", "good.org/", "file:///x", "http://u@x/"])
@@ -287,6 +345,8 @@ def test_settings_are_closed():
         ServeSettings(colour=1)
     with pytest.raises(ValidationError):
         ServeSettings(token="short")
+    with pytest.raises(ValidationError, match="no body of that length"):
+        ServeSettings(max_body_bytes=300 << 20)
     assert ServeSettings().host == "127.0.0.1"
     assert is_loopback("::1") and is_loopback("localhost") and not is_loopback("10.0.0.1")
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import openai
 import pytest
 
 from arr_fast.rubric import Rubric
+from arr_fast.rubric_text import parse_themes
+from arr_fast.serve import routes_chat
+from arr_fast.serve.arr_prompt import parse
+from arr_fast.serve.failures import BadRequestError
+from arr_fast.serve.settings import ServeSettings
 from tests.engine import scenes
 from tests.serve.running import b64
 
@@ -139,3 +146,43 @@ def test_an_image_that_cannot_be_read_is_an_error_and_no_rank(client):
     messages[0]["content"][1]["image_url"]["url"] = "data:image/png;base64,AAAA"
     with pytest.raises(openai.BadRequestError, match="image 1"):
         ask(client, messages)
+
+
+def test_prompts_are_parsed_beside_the_event_loop(client, monkeypatch):
+    threads = []
+
+    def seen(*arguments):
+        threads.append(threading.current_thread().name)
+        return parse(*arguments)
+
+    monkeypatch.setattr(routes_chat, "parse", seen)
+    ask(client, message(LISTWISE_EN, "x", [scenes.image(32, 32, seed) for seed in (1, 2)]))
+    assert [name.rpartition("_")[0] for name in threads] == ["arr-fast-decode"]
+
+
+@pytest.mark.parametrize("line", ["*" * 16_000, "Tip" + " " * 16_000, "Rubric" + " " * 16_000])
+def test_a_long_run_of_marks_costs_no_more_than_its_length(line):
+    begun = time.process_time()
+    themes = parse_themes(f"Theme: Light\n{line} x")
+    assert time.process_time() - begun < 0.5
+    assert themes == [(f"Light {' '.join(line.split())} x", [])]
+
+
+def test_long_prompts_are_refused_unread_and_many_criteria_unbuilt(monkeypatch):
+    images = [scenes.image(32, 32, seed) for seed in (1, 2)]
+    settings = ServeSettings(max_text=3000, max_criteria=3)
+    numbered = "\n".join(f"{n}. a" for n in range(1, 5))
+    assert (
+        len(parse(message(LISTWISE_EN, "x", images, rubrics=numbered[:-5]), settings).rubric) == 3
+    )
+    monkeypatch.setattr(Rubric, "from_text", None)
+    for rubrics, words in (("1. a\n" * 1500, "the limit is 6000"), (numbered, "4 criteria")):
+        with pytest.raises(BadRequestError, match=words):
+            parse(message(LISTWISE_EN, "x", images, rubrics=rubrics), settings)
+
+
+@pytest.mark.parametrize("digits", [7, 400, 5000])
+def test_a_range_that_no_score_needs_is_refused(client, digits):
+    template = POINTWISE_EN.replace("1 to 9.", f"1 to {'9' * digits}.")
+    with pytest.raises(openai.BadRequestError, match="score range"):
+        ask(client, message(template, "a dog", [scenes.image(32, 32, 1)]))

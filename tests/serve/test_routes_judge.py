@@ -114,6 +114,16 @@ BAD = {
     "odd order": ({"orders": "CD"}, 422, "orders"),
     "zero temperature": ({"temperature": 0}, 422, "temperature"),
     "learned without weights": ({"aggregation": "learned"}, 400, "learned_weights"),
+    "weights of another rule": (
+        {"aggregation": "majority", "learned_weights": [1.0]},
+        400,
+        "learned_weights",
+    ),
+    "weights without a rule": (
+        {"mode": "holistic", "learned_weights": [1.0, 1.0]},
+        400,
+        "learned_weights",
+    ),
     "holistic without a leaf": ({"aggregation": "holistic"}, 400, "holistic"),
     "lone surrogate": ({"prompts": ["\ud800"]}, 400, "surrogate"),
     "long prompt": ({"prompts": ["x" * 20_001]}, 400, "20001 characters"),
@@ -164,6 +174,27 @@ def test_service_routes(server):
     assert {"/v1/judge/compare", "/v1/score", "/v1/systemone", "/compute"} <= paths.keys()
     assert server.http.get("/docs").status_code == 200
     assert server.http.get("/nothing").json()["error"]["code"] == 404
+
+
+def test_a_sleeping_judge_is_not_ready_and_its_requests_may_come_again(server, judge):
+    image = b64(scenes.image(28, 28, 1))
+    requests = {
+        "/v1/judge/score": {"prompts": ["p"], "images": [image], "rubric": "t2i"},
+        "/v1/score": {"query": "q", "items": ["a"], "label_token_ids": [1]},
+    }
+    judge.sleep()
+    try:
+        ready = server.http.get("/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "asleep")
+        for route, body in requests.items():
+            answer = server.http.post(route, json=body)
+            assert answer.status_code == 503 and answer.json()["error"]["type"] == "asleep"
+            assert int(answer.headers["retry-after"]) >= 1
+    finally:
+        judge.wake()
+    assert server.http.get("/ready").json()["status"] == "ready"
+    for route, body in requests.items():
+        assert server.http.post(route, json=body).status_code == 200
 
 
 def test_metrics_count_verdicts_and_caches(server):

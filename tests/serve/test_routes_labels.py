@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from arr_fast.prompts import ImageSlot
 from arr_fast.replay import Replayer
+from arr_fast.serve.failures import BadRequestError
 from arr_fast.serve.label_calls import LabelCall, LabelReading
 from arr_fast.serve.systemone import (
     ChoiceQuestion,
@@ -127,6 +130,30 @@ def test_label_reads_of_several_requests_keep_apart(judge):
         np.testing.assert_allclose(together[0].log_probs, alone[0].log_probs, atol=1e-4)
 
 
+def test_a_prompt_beyond_the_context_is_a_refusal_of_its_request_alone(server, judge, monkeypatch):
+    monkeypatch.setattr(judge.engine.adapter.text_config, "max_position_embeddings", 60)
+    long = "word " * 60
+    scoring = {"query": "q", "items": ["a", long], "label_token_ids": [1]}
+    asked = {"q": {"type": "noul", "instructions": "Is it?"}, "long": {**QUESTIONS["match"]}}
+    asked["long"]["instructions"] = long
+    for route, body, name in (
+        ("/v1/score", scoring, "items[1]"),
+        ("/v1/systemone", {"state": "s", "questions": asked}, "question 'long'"),
+        (
+            "/v1/systemone",
+            {"state": long, "questions": asked, "images": [b64(scenes.image(28, 28, 1))]},
+            "the request",
+        ),
+    ):
+        sent = server.http.post(route, json=body)
+        assert sent.status_code == 400, sent.text
+        message = sent.json()["error"]["message"]
+        assert message.startswith(f"{name}: the prompt has") and message.endswith("holds 60")
+    calls = [LabelCall(sequences=((7,) * n,), label_ids=((1,),)) for n in (5, 61)]
+    fine, refused = calls[0].run(judge, calls)
+    assert isinstance(refused, BadRequestError) and fine[0].tokens == 5
+
+
 def test_confidence_rules():
     question = ChoiceQuestion(type="choice", criteria={"a": None, "b": None, "c": None})
     reading = LabelReading(np.log([0.35, 0.1, 0.05]), 7)
@@ -197,6 +224,25 @@ def test_an_image_token_in_raw_ids_is_refused(server, judge):
     token = judge.engine.adapter.image_token_id
     body = {"query": [1], "items": [[token]], "label_token_ids": [1]}
     assert server.http.post("/v1/score", json=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state": {"mood": float("nan")}},
+        {"questions": {"q": {"type": "score", "criteria": ["low", float("inf")]}}},
+        {"questions": {"q": {"type": "noul", "instructions": [float("-inf")]}}},
+        {"questions": {"q": {"type": "choice", "criteria": {"a": {"x": float("nan")}}}}},
+        {"questions": {"\ud800": QUESTIONS["match"]}},
+    ],
+    ids=["state", "level", "instructions", "option", "name"],
+)
+def test_what_no_answer_could_echo_is_refused(server, change):
+    body = json.dumps({"state": "s", "questions": {"q": QUESTIONS["match"]}, **change})
+    sent = server.http.post(
+        "/v1/systemone", content=body.encode(), headers={"content-type": "application/json"}
+    )
+    assert sent.status_code == 400, sent.text
 
 
 @pytest.mark.parametrize(

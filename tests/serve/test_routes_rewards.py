@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import pickle
+import threading
 
 import httpx
 import msgpack
@@ -14,6 +15,8 @@ import pytest
 from arr_fast.images import to_image
 from arr_fast.integrations.groups import group_rewards
 from arr_fast.rubric import Criterion, Rubric
+from arr_fast.serve import routes_rewards
+from arr_fast.serve.failures import BadRequestError
 from arr_fast.serve.settings import ServeSettings
 from tests.engine import scenes
 from tests.serve.running import b64, png, running
@@ -156,6 +159,20 @@ def test_pickle_errors_come_as_pickles_with_their_status(server):
     answer = server.http.post("/", content=pickle.dumps({"images": [Evil()], "prompts": ["a"]}))
     assert answer.status_code == 400
     assert "not plain data" in pickle.loads(answer.content)["error"]
+
+
+def test_payloads_are_read_beside_the_event_loop(server, monkeypatch):
+    threads = []
+
+    def seen(data):
+        threads.append(threading.current_thread().name)
+        raise BadRequestError("seen")
+
+    monkeypatch.setattr(routes_rewards, "load_plain", seen)
+    monkeypatch.setattr(routes_rewards, "_unpack", seen)
+    for route in ("/", "/v1/reward/msgpack"):
+        assert server.http.post(route, content=b"x").status_code == 400
+    assert [name.rpartition("_")[0] for name in threads] == ["arr-fast-decode"] * 2
 
 
 def test_pickle_is_off_by_default_and_stays_on_loopback(group_server):

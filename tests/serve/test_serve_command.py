@@ -47,6 +47,13 @@ def test_limits_reach_the_settings(started):
     assert (settings.max_queued_requests, settings.max_body_bytes) == (3, 2 << 20)
     assert settings.url_prefixes == ("https://x.org/a/",) and settings.token == "a-long-token"
     assert settings.host == "127.0.0.1" and not settings.pickle
+    assert settings.max_open_body_bytes == 256 << 20
+
+
+def test_two_of_the_longest_bodies_can_be_held(started):
+    assert serve("--max-body-mb", "300").exit_code == 0
+    settings = started["settings"]
+    assert settings.max_body_bytes == 300 << 20 and settings.max_open_body_bytes == 600 << 20
 
 
 def test_pickle_away_from_loopback_is_one_line_of_error(started):

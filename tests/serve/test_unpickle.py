@@ -32,7 +32,7 @@ PLAIN = st.recursive(
         st.lists(inner, max_size=4)
         | st.tuples(inner, inner)
         | st.dictionaries(st.text(max_size=5), inner, max_size=4)
-        | st.sets(st.integers(), max_size=4)
+        | st.sets(st.integers(-(2**63), 2**63 - 1), max_size=4)
     ),
     max_leaves=12,
 )
@@ -176,6 +176,36 @@ def test_nested_and_self_referring_data_is_refused():
     for value in (deep, loop, bomb):
         with pytest.raises(BadRequestError, match="nested"):
             load_plain(pickle.dumps(value))
+
+
+def bombs() -> dict[str, bytes]:
+    """Keys whose hash takes long, or takes the stack: C never checks how deep it hashes."""
+    twice = b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(40))
+    deep = b"N" + b"\x85" * 200_000
+    long = pickle.dumps({(2**61 - 1) * 2**70: 1}, protocol=2)
+    return {
+        "shared tuples": b"\x80\x02}Nq\x00" + twice + b"Ns.",
+        "shared tuples, all at once": b"\x80\x02}(Nq\x00" + twice + b"Nu.",
+        "shared tuples in a set": b"\x80\x04\x8f(Nq\x00" + twice + b"\x90.",
+        "from the memo": b"\x80\x04]N\x85\x94a}h\x00Nsa.",
+        "deep tuple": b"\x80\x02}" + deep + b"Ns.",
+        "empty tuple": b"\x80\x02})Ns.",
+        "long integer": long,
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_keys_that_are_slow_to_hash_are_refused_unhashed(name):
+    with pytest.raises(BadRequestError, match="a key must be"):
+        load_plain(bombs()[name])
+
+
+def test_shared_tuples_are_plain_data_where_they_are_no_keys():
+    size = (512, 512)
+    payload = {"images": [b"x"] * 2, "meta_datas": [{"size": size, "n": 2**70}] * 2, None: {1, "a"}}
+    payload["sizes"] = (size, size)
+    for protocol in (4, 5):
+        assert load_plain(pickle.dumps(payload, protocol=protocol)) == payload
 
 
 @given(st.binary(max_size=200))
