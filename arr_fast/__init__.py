@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ArrFastError": "arr_fast.errors",
     "BadImageError": "arr_fast.errors",
+    "BadPromptError": "arr_fast.errors",
     "CanonicalImage": "arr_fast.images",
     "Criterion": "arr_fast.rubric",
     "GroupVerdicts": "arr_fast.ranking",
@@ -32,6 +33,7 @@ _HOMES = {
 __all__ = [
     "ArrFastError",
     "BadImageError",
+    "BadPromptError",
     "CanonicalImage",
     "Criterion",
     "GroupVerdicts",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from arr_fast.errors import (
         ArrFastError,
         BadImageError,
+        BadPromptError,
         MissingDependencyError,
         PromptTooLongError,
         RubricError,

@@ -42,8 +42,8 @@ class Evidence:
         abstain_BK: bool [B, K], verdicts too weak to count as a vote (low label mass).
         holistic_B: float64 [B] or None: preference of the whole-rubric leaf.
         learned_BK: float64 [B, K] or None: fitted weights.
-        temperature: T above.
-        margin: Preferences up to this size lose no essential criterion.
+        temperature: T above, one for all pairs or float64 [B].
+        margin: Preferences up to this size lose no essential criterion; as temperature.
     """
 
     preference_BK: np.ndarray
@@ -53,8 +53,8 @@ class Evidence:
     abstain_BK: np.ndarray
     holistic_B: np.ndarray | None = None
     learned_BK: np.ndarray | None = None
-    temperature: float = 1.0
-    margin: float = 0.0
+    temperature: float | np.ndarray = 1.0
+    margin: float | np.ndarray = 0.0
 
     def with_preference(self, preference_BK: np.ndarray, holistic_B: np.ndarray | None) -> Evidence:
         """Returns the same evidence about other preferences (one order alone, for example)."""
@@ -82,12 +82,19 @@ def aggregate(name: AggregationName, evidence: Evidence) -> np.ndarray:
     return _RULES[name](evidence)
 
 
-def probability(name: AggregationName, score_B: np.ndarray, temperature: float) -> np.ndarray:
-    """Returns P(A > B), float64 [B], for the Z of a rule."""
+def probability(
+    name: AggregationName, score_B: np.ndarray, temperature: float | np.ndarray
+) -> np.ndarray:
+    """Returns P(A > B), float64 [B], for the Z of a rule and one temperature or [B]."""
     if name == "weighted_sum":
         # The temperature has acted inside, on each p_j.
         return np.asarray(0.5 * (1.0 + score_B))
     return sigmoid(score_B / temperature)
+
+
+def _column(number: float | np.ndarray) -> np.ndarray:
+    """One number, or one per pair [B], against [B, K]."""
+    return np.asarray(number, dtype=np.float64)[..., None]
 
 
 def _weighted(evidence: Evidence, values_BK: np.ndarray, counted_BK: np.ndarray) -> np.ndarray:
@@ -111,7 +118,7 @@ def _log_odds_sum(evidence: Evidence) -> np.ndarray:
 def _weighted_sum(evidence: Evidence) -> np.ndarray:
     counted = evidence.mask_BK & ~evidence.abstain_BK
     # tanh(x / 2) = 2 sigmoid(x) - 1, and is exactly odd.
-    signed = np.tanh(0.5 * evidence.preference_BK / evidence.temperature)
+    signed = np.tanh(0.5 * evidence.preference_BK / _column(evidence.temperature))
     return _weighted(evidence, signed, counted)
 
 
@@ -124,7 +131,8 @@ def _veto(evidence: Evidence) -> np.ndarray:
     # A pitfall (negative weight) is lost by the image that shows it.
     direction = np.where(evidence.weights_BK < 0.0, -1.0, 1.0)
     signed = direction * np.where(evidence.mask_BK, evidence.preference_BK, 0.0)
-    decisive = evidence.mask_BK & evidence.essential_BK & (np.abs(signed) > evidence.margin)
+    is_clear = np.abs(signed) > _column(evidence.margin)
+    decisive = evidence.mask_BK & evidence.essential_BK & is_clear
     lost_by_a = (decisive & (signed < 0.0)).any(axis=1)
     lost_by_b = (decisive & (signed > 0.0)).any(axis=1)
     # The size of a veto: mean preference over the essential criteria lost, all of one sign.

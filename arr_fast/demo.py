@@ -33,7 +33,7 @@ class Cost:
         separate: As many calls as criteria, one criterion each.
         single: One call with one criterion.
         criteria: How many criteria.
-        difference: Largest |log-odds together - separate|, over verdicts and orders.
+        difference: Largest |log-odds together - separate|, over verdicts and orders; NaN if any is.
     """
 
     together: float
@@ -141,8 +141,9 @@ def _largest_difference(together: PairVerdicts, separate: list[PairVerdicts]) ->
             (together.log_odds_ba, single.log_odds_ba),
         ):
             if joint is not None and own is not None:
-                worst = max(worst, float(np.abs(joint[:, k] - own[:, 0]).max()))
-    return worst
+                # Not max(), which drops a NaN.
+                worst = np.maximum(worst, np.abs(joint[:, k] - own[:, 0]).max())
+    return float(worst)
 
 
 def _timed(call: Callable[[], Any]) -> float:

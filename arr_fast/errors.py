@@ -45,6 +45,10 @@ class BadImageError(ArrFastError, ValueError):
     """An image is unreadable, ambiguous or absurd; the message names the item."""
 
 
+class BadPromptError(ArrFastError, ValueError):
+    """A text cannot be read by any tokenizer (it holds a lone surrogate); names the text."""
+
+
 class PromptTooLongError(ArrFastError, ValueError):
     """A prompt does not fit the context of the model; names the item, its tokens and the limit."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,18 +26,6 @@ MAX_ASPECT = 200
 _CHANNELS = (1, 3, 4)
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
-# What Pillow's decoders raise on damaged files, beside OSError.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    struct.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +84,7 @@ def to_image(source: Any, *, name: str) -> CanonicalImage:
         The canonical image; a CanonicalImage comes back unchanged.
 
     Raises:
-        BadImageError: unreadable, truncated, empty or animated files; NaN or floats outside
+        BadImageError: unreadable, truncated, empty, closed or animated files; NaN or floats outside
             [0, 1]; shapes that fit CHW and HWC alike; over 100 megapixels, a side under 1, or an
             aspect ratio over 200:1.
     """
@@ -164,6 +151,8 @@ def _from_path(path: Path, name: str) -> CanonicalImage:
         data = path.read_bytes()
     except OSError as error:
         raise BadImageError(f"{name}: cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL, or a character that the file system cannot spell
+        raise BadImageError(f"{name}: cannot read {str(path)!r}: {error}") from error
     return _from_bytes(data, f"{name} ({path})")
 
 
@@ -174,8 +163,8 @@ def _from_bytes(data: bytes, name: str) -> CanonicalImage:
         image = Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError as error:
         raise BadImageError(f"{name}: not an image format that Pillow knows") from error
-    except _DECODE_ERRORS as error:
-        raise BadImageError(f"{name}: cannot decode: {error}") from error
+    except Exception as error:
+        raise _undecodable(name, error) from error
     return _from_pil(image, name)
 
 
@@ -192,9 +181,14 @@ def _from_pil(image: Image.Image, name: str) -> CanonicalImage:
         pixels = _pil_to_rgb(image, name)
     except BadImageError:
         raise
-    except _DECODE_ERRORS as error:
-        raise BadImageError(f"{name}: cannot decode: {error}") from error
+    except Exception as error:
+        raise _undecodable(name, error) from error
     return _canonical(pixels)
+
+
+def _undecodable(name: str, error: Exception) -> BadImageError:
+    """Pillow's readers raise whatever they meet, asserts and missing codecs included."""
+    return BadImageError(f"{name}: cannot decode: {str(error) or type(error).__name__}")
 
 
 def _pil_to_rgb(image: Image.Image, name: str) -> np.ndarray:

@@ -24,12 +24,13 @@ from arr_fast.judge_items import (
     Item,
     Mode,
     Orders,
+    RubricLike,
     check_choice,
     leaves_of,
     read_groups,
     read_items,
 )
-from arr_fast.judge_results import log_odds, pair_results, point_results
+from arr_fast.judge_results import log_odds, pair_results, point_results, rule_of
 from arr_fast.prompts import (
     PAIR_LABELS,
     POINT_LABELS,
@@ -39,7 +40,6 @@ from arr_fast.prompts import (
     point_parts,
 )
 from arr_fast.provenance import Provenance
-from arr_fast.rubric import Rubric
 from arr_fast.trace import Order, VerdictTrace
 from arr_fast.verdicts import (
     GroupVerdicts,
@@ -48,7 +48,6 @@ from arr_fast.verdicts import (
     group_verdicts,
 )
 
-RubricLike = Rubric | Sequence[Rubric] | str | None
 Labels = Sequence[Sequence[str]]
 # A leg is one conversation of an item: which images it shows, in which order.
 Leg = tuple[Order, tuple[int, ...]]
@@ -150,7 +149,8 @@ class Judge:
             images_a: B images: PIL, path, bytes, tensors or arrays (see `images.to_image`), or one
                 batched tensor.
             images_b: B images.
-            rubric: One rubric, one per prompt, a file, a bundled name, or None for the default.
+            rubric: One rubric, one per prompt, a file (str or Path), a bundled name, or None for
+                the default.
             sources: B source images of an editing task.
             orders: "both" removes position bias; "AB" or "BA" costs one order.
             mode: Per-criterion verdicts, the whole rubric at once, or both in one forward.
@@ -158,8 +158,8 @@ class Judge:
             label_mass_threshold: Verdicts below it are flagged.
             aggregation: Rule from verdicts to a winner; by default log_odds_mean, or holistic in
                 that mode.
-            temperature: Of P(A > B); None takes the rubric's calibration, or 1.
-            margin: |Z| up to this is a tie; None takes the rubric's calibration, or 0.
+            temperature: Of P(A > B); None takes the calibration of each pair's rubric, or 1.
+            margin: |Z| up to this is a tie; None takes that calibration, or 0.
             inconsistent: What a pair is whose orders disagree.
             learned_weights: [K] or [B, K], for aggregation="learned".
             progress: Told how many pairs each finished batch held.
@@ -169,22 +169,24 @@ class Judge:
 
         Raises:
             ValueError: Lists of different lengths, an empty prompt, an unknown option.
+            VerdictError: A rule whose input the mode does not read.
         """
         check_choice("orders", orders, ("both", "AB", "BA"))
         check_choice("mode", mode, ("criteria", "holistic", "both"))
+        rule = rule_of(aggregation, mode, learned_weights)
         columns = {"images_a": images_a, "images_b": images_b}
         items = read_items(prompts, columns, rubric, sources, "pair")
         legs = _pair_legs(orders, 0, 1)
-        results = self._judge(items, [legs] * len(items), mode, label_mass, progress)
+        results, provenance = self._judge(items, [legs] * len(items), mode, label_mass, progress)
         return pair_results(
             items,
             results,
-            provenance=self._provenance(items),
+            provenance=provenance,
             orders=orders,
             mode=mode,
             label_mass=label_mass,
             label_mass_threshold=label_mass_threshold,
-            aggregation=aggregation,
+            aggregation=rule,
             temperature=temperature,
             margin=margin,
             inconsistent=inconsistent,
@@ -214,11 +216,13 @@ class Judge:
         """
         items = read_items(prompts, {"images": images}, rubric, sources, "image")
         legs: list[Leg] = [("point", (0,))]
-        results = self._judge(items, [legs] * len(items), "criteria", label_mass, progress)
+        results, provenance = self._judge(
+            items, [legs] * len(items), "criteria", label_mass, progress
+        )
         return point_results(
             items,
             results,
-            provenance=self._provenance(items),
+            provenance=provenance,
             label_mass=label_mass,
             label_mass_threshold=label_mass_threshold,
         )
@@ -249,9 +253,11 @@ class Judge:
 
         Raises:
             ValueError: Lists of different lengths, an empty prompt, a group of one.
+            VerdictError: A rule whose input the mode does not read.
         """
         check_choice("orders", orders, ("both", "AB", "BA"))
         check_choice("mode", mode, ("criteria", "holistic", "both"))
+        rule = rule_of(options.pop("aggregation", None), mode, options.get("learned_weights"))
         items = read_groups(prompts, groups, rubric, sources)
         sizes = [len(group) for group in groups]
         pairs = [list(combinations(range(size), 2)) for size in sizes]
@@ -260,7 +266,7 @@ class Judge:
             sorted((leg for pair in each for leg in _pair_legs(orders, *pair)), key=itemgetter(1))
             for each in pairs
         ]
-        results = self._judge(items, legs, mode, label_mass, progress)
+        results, provenance = self._judge(items, legs, mode, label_mass, progress)
         flat_items, flat_results, index = [], [], []
         for group, (item, result) in enumerate(zip(items, results, strict=True)):
             for i, j in pairs[group]:
@@ -274,10 +280,11 @@ class Judge:
         verdicts = pair_results(
             flat_items,
             flat_results,
-            provenance=self._provenance(items),
+            provenance=provenance,
             orders=orders,
             mode=mode,
             label_mass=label_mass,
+            aggregation=rule,
             **options,
         )
         return group_verdicts(verdicts, index, sizes)
@@ -363,6 +370,9 @@ class Judge:
     def update_weights(self, source: str | Path | Mapping[str, torch.Tensor]) -> None:
         """Replaces the weights in place; everything computed from the old ones is forgotten.
 
+        The revision then ends in "#update1", "#update2", ...: provenance tells the new weights from
+        the old, and what was calibrated for the old ones is not applied to them.
+
         Args:
             source: A checkpoint directory of the same architecture, or a state dict.
 
@@ -376,7 +386,7 @@ class Judge:
 
         Args:
             level: 1 keeps the weights in host memory, 2 drops them and reads the checkpoint again
-                on `wake`.
+                on `wake`. A judge that sleeps may sink from 1 to 2; it never rises but by `wake`.
         """
         self._weights.sleep(level)
 
@@ -405,10 +415,12 @@ class Judge:
         mode: Mode,
         label_mass: bool,
         progress: Callable[[int], None] | None,
-    ) -> list[Any]:
+    ) -> tuple[list[Any], Provenance]:
         """For each item a list over legs of lists over leaves, or the exception it raised."""
         with self.engine.lock:
             self._weights.check_awake()
+            # Weights may be updated as soon as the lock is free.
+            provenance = self._provenance(items)
             table, paths, features = self._paths(items, legs, mode)
             labels = self._labels(legs[0])
             scored = self.engine.score(paths, labels, table, features, label_mass, progress)
@@ -419,7 +431,7 @@ class Judge:
                 continue
             width = len(result) // len(each)
             results.append([result[i * width : (i + 1) * width] for i in range(len(each))])
-        return results
+        return results, provenance
 
     def _paths(
         self, items: Sequence[Item], legs: Sequence[Sequence[Leg]], mode: Mode
@@ -427,7 +439,13 @@ class Judge:
         """Encodes images and conversations; a failure is recorded on its item."""
         good = [item for item in items if item.error is None]
         images = [i for item in good for i in item.shown(*range(len(item.images)))]
-        features = self.engine.image_features(images)
+        unencoded: dict[str, BaseException] = {}
+        features = self.engine.image_features(images, unencoded)
+        for item in good:
+            for image in item.shown(*range(len(item.images))):
+                if image.content_hash in unencoded:
+                    cause = unencoded[image.content_hash]
+                    item.error = ArrFastError(f"{item.name}: an image was not encoded: {cause}")
         table = ImageTable()
         paths: list[list[TokenPath]] = []
         for item, each in zip(items, legs, strict=True):
@@ -458,6 +476,7 @@ class Judge:
                 "device": str(loaded.device),
                 "impl": self.engine.impl,
                 "quantization": loaded.quantization or "none",
+                "adapter": loaded.peft_adapter or "none",
                 "weights_epoch": str(self.engine.epoch),
             },
         )

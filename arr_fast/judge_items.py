@@ -1,24 +1,25 @@
 """What a call of `Judge` asks for, item by item, checked at the edge.
 
 Arguments that make no sense as a whole (lists of different lengths, an empty prompt) raise. What is
-wrong with one item alone (an unreadable image) becomes that item's error and leaves the others be.
+wrong with one item alone (an unreadable image, text that is not Unicode) becomes that item's error
+and leaves the others be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from arr_fast.errors import ArrFastError, RubricError
-from arr_fast.images import CanonicalImage, to_image, to_images
-from arr_fast.prompts import Task, criterion_leaf, holistic_leaf
+from arr_fast.errors import ArrFastError, BadPromptError, RubricError
+from arr_fast.images import CanonicalImage, to_image
+from arr_fast.prompts import Task, check_text, criterion_leaf, holistic_leaf
 from arr_fast.rubric import Rubric
 
 Orders = Literal["both", "AB", "BA"]
 Mode = Literal["criteria", "holistic", "both"]
+RubricLike = Rubric | Sequence[Rubric] | str | Path | None
 
 
 @dataclass
@@ -53,8 +54,14 @@ class Item:
 
 
 def leaves_of(item: Item, mode: Mode) -> list[str]:
-    """The leaves of one conversation: one per criterion, then the whole rubric if asked."""
+    """The leaves of one conversation: one per criterion, then the whole rubric if asked.
+
+    Raises:
+        BadPromptError: A criterion is not Unicode text.
+    """
     texts = [criterion.render(item.prompt) for criterion in item.rubric.criteria]
+    for criterion, text in zip(item.rubric.criteria, texts, strict=True):
+        check_text(text, f"{item.name}: criterion {criterion.id!r}")
     leaves = [criterion_leaf(text) for text in texts] if mode != "holistic" else []
     return leaves + ([holistic_leaf(texts)] if mode != "criteria" else [])
 
@@ -89,12 +96,15 @@ def read_images(
         name: The argument's name.
 
     Raises:
-        ValueError: Another number of images than of prompts.
+        ValueError: Another number of images than of prompts, or one image in place of a list.
     """
-    if hasattr(sources, "shape") and getattr(sources, "ndim", 0) == 4:
-        sources = to_images(sources, name=name)
-    elif isinstance(sources, str | bytes) or not hasattr(sources, "__len__"):
+    if isinstance(sources, str | bytes) or not hasattr(sources, "__len__"):
         raise ValueError(f"{name} must be a list of images, got {type(sources).__name__}")
+    if getattr(sources, "ndim", 1) not in (1, 4):
+        raise ValueError(
+            f"{name} must be a list of images or a 4-D batch, got an array of shape "
+            f"{list(sources.shape)}; wrap a single image in a list"
+        )
     if len(sources) != count:
         raise ValueError(f"{name} has {len(sources)} items, prompts has {count}")
     images: list[CanonicalImage | None] = []
@@ -108,9 +118,16 @@ def read_images(
     return images, errors
 
 
-def read_rubrics(
-    rubric: Rubric | Sequence[Rubric] | str | None, count: int, has_source: bool
-) -> list[Rubric]:
+def read_prompt(prompt: str, number: int) -> BadPromptError | None:
+    """Why no tokenizer can read a prompt, or None."""
+    try:
+        check_text(prompt, f"prompts[{number}]")
+    except BadPromptError as error:
+        return error
+    return None
+
+
+def read_rubrics(rubric: RubricLike, count: int, has_source: bool) -> list[Rubric]:
     """One rubric per prompt.
 
     Args:
@@ -125,9 +142,12 @@ def read_rubrics(
     task: Task = "edit" if has_source else "t2i"
     if rubric is None:
         rubric = Rubric.default(task)
-    elif isinstance(rubric, str):
-        known = rubric in Rubric.builtin_names()
-        rubric = Rubric.builtin(rubric) if known else Rubric.load(rubric)
+    elif isinstance(rubric, str) and rubric in Rubric.builtin_names():
+        rubric = Rubric.builtin(rubric)
+    elif isinstance(rubric, str | Path):
+        # Theme text cannot say its task.
+        is_text = Path(rubric).suffix.lower() in (".txt", ".md")
+        rubric = Rubric.load(rubric, task=task if is_text else None)
     rubrics = [rubric] * count if isinstance(rubric, Rubric) else list(rubric)
     if len(rubrics) != count:
         raise ValueError(f"rubric has {len(rubrics)} items, prompts has {count}")
@@ -143,7 +163,7 @@ def read_rubrics(
 def read_items(
     prompts: Sequence[str],
     columns: dict[str, Any],
-    rubric: Rubric | Sequence[Rubric] | str | None,
+    rubric: RubricLike,
     sources: Any,
     kind: str,
 ) -> list[Item]:
@@ -167,7 +187,7 @@ def read_items(
         errors = [errors[number] for _, errors in read.values() if number in errors]
         images = [image for name in columns if (image := read[name][0][number]) is not None]
         source = read["sources"][0][number] if sources is not None else None
-        error = errors[0] if errors else None
+        error = read_prompt(prompt, number) or next(iter(errors), None)
         items.append(Item(f"{kind} {number}", prompt, images, source, rubrics[number], error))
     return items
 
@@ -175,7 +195,7 @@ def read_items(
 def read_groups(
     prompts: Sequence[str],
     groups: Sequence[Any],
-    rubric: Rubric | Sequence[Rubric] | str | None,
+    rubric: RubricLike,
     sources: Any,
 ) -> list[Item]:
     """Items that hold a group of candidates each.
@@ -192,12 +212,12 @@ def read_groups(
     )
     items = []
     for number, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-        if isinstance(group, torch.Tensor) and group.ndim == 4:
-            group = to_images(group, name=f"groups[{number}]")
         if len(group) < 2:
             raise ValueError(f"groups[{number}] has {len(group)} images, expected at least 2")
         images, errors = read_images(group, len(group), f"groups[{number}]")
-        error = next(iter(errors.values()), shared_errors.get(number))
+        error = read_prompt(prompt, number) or next(
+            iter(errors.values()), shared_errors.get(number)
+        )
         kept = [image for image in images if image is not None]
         source = shared[number] if shared else None
         items.append(Item(f"group {number}", prompt, kept, source, rubrics[number], error))

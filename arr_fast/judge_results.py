@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from arr_fast.aggregation import AggregationName
+from arr_fast.aggregation import AGGREGATIONS, AggregationName
 from arr_fast.engine.engine import PathResult
+from arr_fast.errors import VerdictError
 from arr_fast.judge_items import Item, Mode, Orders
 from arr_fast.provenance import Provenance
 from arr_fast.rubric import Criterion
@@ -86,6 +87,28 @@ def message_of(item: Item, result: Any) -> str | None:
     return f"{item.name}: {error}" if item.name not in str(error) else str(error)
 
 
+def rule_of(
+    aggregation: AggregationName | None, mode: Mode, learned_weights: Any
+) -> AggregationName:
+    """The rule of a call: the one asked for, or that of the mode.
+
+    Raises:
+        VerdictError: An unknown rule, or one whose input the mode does not read.
+    """
+    if aggregation is None:
+        return "holistic" if mode == "holistic" else "log_odds_mean"
+    if aggregation not in AGGREGATIONS:
+        known = ", ".join(AGGREGATIONS)
+        raise VerdictError(f"unknown aggregation {aggregation!r}; there are: {known}")
+    if aggregation == "holistic" and mode == "criteria":
+        raise VerdictError('aggregation "holistic" needs the whole-rubric leaf: mode="holistic"')
+    if aggregation != "holistic" and mode == "holistic":
+        raise VerdictError(f'aggregation "{aggregation}" needs criteria: mode="criteria" or "both"')
+    if aggregation == "learned" and learned_weights is None:
+        raise VerdictError('aggregation "learned" needs learned_weights')
+    return aggregation
+
+
 def pair_results(
     items: Sequence[Item],
     results: Sequence[Any],
@@ -95,15 +118,17 @@ def pair_results(
     mode: Mode,
     label_mass: bool,
     label_mass_threshold: float = 0.5,
-    aggregation: AggregationName | None = None,
+    aggregation: AggregationName,
     temperature: float | None = None,
     margin: float | None = None,
     inconsistent: Literal["tie", "keep"] = "tie",
     learned_weights: Any = None,
 ) -> PairVerdicts:
-    """Verdicts on pairs from what the engine read; options as in `Judge.compare`."""
-    rule: AggregationName = aggregation or ("holistic" if mode == "holistic" else "log_odds_mean")
-    fitted = _calibration(items, provenance.revision, rule)
+    """Verdicts on pairs from what the engine read; options as in `Judge.compare`.
+
+    Each pair takes the calibration of its own rubric, so its company never changes its verdict.
+    """
+    fitted = _calibrations(items, provenance.revision, aggregation)
     names = ("AB", "BA") if orders == "both" else (orders,)
     read = {name: read_leg(items, results, leg, mode, label_mass) for leg, name in enumerate(names)}
     ab, ba = read.get("AB"), read.get("BA")
@@ -123,7 +148,7 @@ def pair_results(
         label_mass_ba=ba.label_mass if ba else None,
         holistic_label_mass=np.minimum.reduce(masses) if masses else None,
         label_mass_threshold=label_mass_threshold,
-        aggregation=rule,
+        aggregation=aggregation,
         temperature=fitted[0] if temperature is None else temperature,
         margin=fitted[1] if margin is None else margin,
         inconsistent=inconsistent,
@@ -132,15 +157,15 @@ def pair_results(
     )
 
 
-def _calibration(items: Sequence[Item], revision: str, rule: str) -> tuple[float, float]:
-    """Temperature and margin fitted for this model, where all rubrics of the call agree."""
-    found = {
-        (fit.temperature, fit.margin) if fit else (1.0, 0.0)
-        for fit in {
-            id(item.rubric): item.rubric.calibration_for(revision, rule) for item in items
-        }.values()
-    }
-    return found.pop() if len(found) == 1 else (1.0, 0.0)
+def _calibrations(items: Sequence[Item], revision: str, rule: str) -> tuple[np.ndarray, np.ndarray]:
+    """Temperature and margin [B] fitted for this model and each item's rubric, else 1 and 0."""
+    rubrics = {id(item.rubric): item.rubric for item in items}
+    fits = {key: rubric.calibration_for(revision, rule) for key, rubric in rubrics.items()}
+    found = [fits[id(item.rubric)] for item in items]
+    return (
+        np.array([1.0 if fit is None else fit.temperature for fit in found]),
+        np.array([0.0 if fit is None else fit.margin for fit in found]),
+    )
 
 
 def point_results(

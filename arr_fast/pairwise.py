@@ -29,6 +29,7 @@ from arr_fast.verdict_arrays import (
     jsonable,
     lower,
     matrix,
+    per_item,
     status_of,
     vector,
     weak_items,
@@ -69,7 +70,7 @@ class PairVerdicts:
         holistic_bias: float64 [B] or None (NaN for one order).
         label_mass: float64 [B, K], P(any label), the lower of the orders, or None.
         aggregation: Name of the rule.
-        temperature, margin: Its calibration.
+        temperature, margin: float64 [B], its calibration for each pair.
         score: float64 [B], Z of the rule; NaN for an error.
         order_consistent: bool [B]: the rule names one winner for both orders; None for one order.
         probability: float64 [B], P(A > B); NaN for an error.
@@ -92,8 +93,8 @@ class PairVerdicts:
     holistic_bias: np.ndarray | None
     label_mass: np.ndarray | None
     aggregation: AggregationName
-    temperature: float
-    margin: float
+    temperature: np.ndarray
+    margin: np.ndarray
     score: np.ndarray
     order_consistent: np.ndarray | None
     probability: np.ndarray
@@ -147,13 +148,16 @@ class PairVerdicts:
         return Rewards(np.stack([first, second], axis=1).astype(np.float32), weight)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON-able object; padding is dropped and NaN becomes null."""
+        """Returns a JSON-able object; padding is dropped and NaN becomes null.
+
+        Its own temperature and margin are those of all pairs, null where pairs differ.
+        """
         return {
             "schema": f"arr_fast.pair_verdicts/{SCHEMA_VERSION}",
             "provenance": self.provenance.to_json(),
             "aggregation": self.aggregation,
-            "temperature": self.temperature,
-            "margin": self.margin,
+            "temperature": common(self.temperature.tolist()),
+            "margin": common(self.margin.tolist()),
             "pairs": [self.pair_json(index) for index in range(len(self))],
         }
 
@@ -183,6 +187,8 @@ class PairVerdicts:
         values = {
             "score": self.score,
             "probability": self.probability,
+            "temperature": self.temperature,
+            "margin": self.margin,
             "consistent": self.order_consistent,
             "holistic_preference": self.holistic_preference,
             "holistic_bias": self.holistic_bias,
@@ -212,8 +218,8 @@ def pair_verdicts(
     holistic_label_mass: Any = None,
     label_mass_threshold: float = 0.5,
     aggregation: AggregationName = "log_odds_mean",
-    temperature: float = 1.0,
-    margin: float = 0.0,
+    temperature: Any = 1.0,
+    margin: Any = 0.0,
     inconsistent: Literal["tie", "keep"] = "tie",
     learned_weights: Any = None,
     errors: Sequence[str | None] | None = None,
@@ -233,7 +239,8 @@ def pair_verdicts(
         holistic_label_mass: [B] or None, the lower of the orders.
         label_mass_threshold: A verdict under it is flagged; it casts no vote in weighted_sum and
             majority; a pair whose weighted mean is under it has status low_label_mass.
-        aggregation, temperature, margin: The rule and its calibration; |Z| <= margin is a tie.
+        aggregation: The rule.
+        temperature, margin: Its calibration, a number or [B]; |Z| <= margin is a tie.
         inconsistent: What a pair is whose two orders name different winners: "tie", or "keep" the
             winner of the mean.
         learned_weights: [K] or [B, K], for the learned rule.
@@ -245,10 +252,6 @@ def pair_verdicts(
     Raises:
         VerdictError: for shapes that do not match, naming both, or missing inputs of a rule.
     """
-    if not (temperature > 0.0 and np.isfinite(temperature)):
-        raise VerdictError(f"temperature must be positive and finite, got {temperature}")
-    if not (margin >= 0.0 and np.isfinite(margin)):
-        raise VerdictError(f"margin must be finite and at least 0, got {margin}")
     if inconsistent not in ("tie", "keep"):
         raise VerdictError(f'inconsistent must be "tie" or "keep", got {inconsistent!r}')
     shape = Inputs.of(
@@ -257,6 +260,12 @@ def pair_verdicts(
         criteria,
         criteria_mask,
     )
+    temperature_B = per_item(temperature, shape, "temperature")
+    margin_B = per_item(margin, shape, "margin")
+    if not ((temperature_B > 0.0) & np.isfinite(temperature_B)).all():
+        raise VerdictError(f"temperature must be positive and finite, got {temperature}")
+    if not ((margin_B >= 0.0) & np.isfinite(margin_B)).all():
+        raise VerdictError(f"margin must be finite and at least 0, got {margin}")
     mask, ids = criterion_mask(shape, criteria, criteria_mask)
     ab, ba = (
         None if z is None else np.where(mask, matrix(z, shape, name), np.nan)
@@ -274,9 +283,7 @@ def pair_verdicts(
     if preference is None or bias is None:
         preference = bias = np.full(mask.shape, np.nan)
     whole_preference, whole_bias = _debias(whole_ab, whole_ba)
-    weights_BK = np.where(mask, matrix(1.0 if weights is None else weights, shape, "weights"), 0.0)
-    if not np.isfinite(weights_BK).all():
-        raise VerdictError("weights must be finite")
+    weights_BK = _finite_weights(1.0 if weights is None else weights, shape, mask, "weights")
     low = np.zeros(mask.shape, bool) if mass is None else mask & ~(mass >= label_mass_threshold)
     evidence = Evidence(
         preference_BK=preference,
@@ -287,15 +294,15 @@ def pair_verdicts(
         holistic_B=whole_preference,
         learned_BK=None
         if learned_weights is None
-        else matrix(learned_weights, shape, "learned_weights"),
-        temperature=temperature,
-        margin=margin,
+        else _finite_weights(learned_weights, shape, mask, "learned_weights"),
+        temperature=temperature_B,
+        margin=margin_B,
     )
     messages = failures(shape, aggregation, evidence, ids, errors)
     failed = np.array([message is not None for message in messages], dtype=bool)
     score = np.where(failed, np.nan, rules.aggregate(aggregation, evidence))
     agree = _order_agreement(aggregation, evidence, ab, ba, whole_ab, whole_ba)
-    code = np.where(np.abs(score) <= margin, 0.0, np.sign(score))
+    code = np.where(np.abs(score) <= margin_B, 0.0, np.sign(score))
     if agree is not None and inconsistent == "tie":
         code = np.where(agree, code, 0.0)
     code = np.where(failed, NO_WINNER, code).astype(np.int8)
@@ -321,16 +328,29 @@ def pair_verdicts(
         holistic_bias=whole_bias,
         label_mass=mass,
         aggregation=aggregation,
-        temperature=temperature,
-        margin=margin,
+        temperature=temperature_B,
+        margin=margin_B,
         score=score,
         order_consistent=agree,
-        probability=rules.probability(aggregation, score, temperature),
+        probability=rules.probability(aggregation, score, temperature_B),
         winner_code=code,
         status=tuple(status_of(int(c), bool(w)) for c, w in zip(code, weak, strict=True)),
         errors=messages,
         provenance=provenance,
     )
+
+
+def _finite_weights(value: Any, shape: Inputs, mask: np.ndarray, name: str) -> np.ndarray:
+    """Weights as float64 [B, K], 0 outside the mask."""
+    weights = np.where(mask, matrix(value, shape, name), 0.0)
+    if not np.isfinite(weights).all():
+        raise VerdictError(f"{name} must be finite")
+    return weights
+
+
+def common(numbers: Sequence[float]) -> float | None:
+    """The number that all pairs share, or None."""
+    return numbers[0] if len(set(numbers)) == 1 else None
 
 
 def _debias(

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from arr_fast.errors import UnsupportedModelError
+from arr_fast.errors import BadPromptError, UnsupportedModelError
 
 TEMPLATE_VERSION = 2
 
@@ -83,6 +83,15 @@ class TokenRun:
 
     ids: np.ndarray
     image: int = -1
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises a BadPromptError for text that is not Unicode: tokenizers take no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"{text[error.start]!r} at character {error.start}"
+        raise BadPromptError(f"{name} holds a lone surrogate: {where}") from None
 
 
 def pair_parts(task: Task, caption: str) -> list[Part]:

@@ -14,7 +14,8 @@ class Provenance:
 
     Attributes:
         model: Model id, "builtin:<name>" or directory as given.
-        revision: Commit of the checkpoint, or the content hash of a local directory.
+        revision: Commit of the checkpoint, or the content hash of a local directory; "+" and the
+            same of a merged adapter; "#update<n>" where weights were updated in memory n times.
         rubric_hashes: Distinct `Rubric.content_hash` values used, in order of appearance.
         template_version: Version of the prompt texts (arr_fast/prompts.py).
         arr_fast_version: Version of this package.

@@ -113,12 +113,13 @@ def _section(section: ReportSection) -> dict[str, Any]:
     # A full bar is the 95th percentile: one extreme verdict must not flatten all others.
     full = max(1.0, float(np.quantile(known, 0.95))) if known.size else 1.0
     source = verdicts.provenance
+    temperatures = ", ".join(f"{t:g}" for t in np.unique(verdicts.temperature))
     facts = [
         *section.facts,
         ("Judge", f"{source.model} ({source.revision})"),
         ("Rubric", ", ".join(digest[:12] for digest in source.rubric_hashes)),
         ("Versions", f"arr_fast {source.arr_fast_version}, template {source.template_version}"),
-        ("Rule", f"{verdicts.aggregation}, temperature {verdicts.temperature:g}"),
+        ("Rule", f"{verdicts.aggregation}, temperature {temperatures}"),
     ]
     return {
         "heading": section.heading,

@@ -93,6 +93,14 @@ def vector(value: Any, shape: Inputs, name: str) -> np.ndarray | None:
     return array
 
 
+def per_item(value: Any, shape: Inputs, name: str) -> np.ndarray:
+    """Returns value as float64 [B]; a scalar is repeated for every item."""
+    array = np.asarray(value, dtype=np.float64)
+    if array.ndim and array.shape != (shape.items,):
+        raise VerdictError(f"{name} has shape {list(array.shape)}, expected [{shape.items}]")
+    return np.array(np.broadcast_to(array, (shape.items,)))
+
+
 def criterion_mask(
     shape: Inputs, criteria: Sequence[Sequence[str]] | None, mask: Any
 ) -> tuple[np.ndarray, tuple[tuple[str, ...], ...]]:

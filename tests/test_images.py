@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from arr_fast.errors import BadImageError
 from arr_fast.images import CanonicalImage, to_image, to_images
@@ -186,9 +186,33 @@ def animation() -> bytes:
     return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
+def dds(code: bytes) -> bytes:
+    """The header of a DirectDraw surface of some pixel format, and no pixels."""
+    sizes = struct.pack("<7I", 124, 0x1007, 64, 64, 0, 0, 0) + bytes(44)
+    return b"DDS " + sizes + struct.pack("<2I4s5I", 32, 4, code, 0, 0, 0, 0, 0) + bytes(20)
+
+
+def spent() -> Image.Image:
+    """An image whose file was closed before its pixels were read."""
+    with Image.open(io.BytesIO(jpeg())) as image:
+        return image
+
+
+def verified() -> Image.Image:
+    """An image whose file was read to its end to check it."""
+    image = Image.open(io.BytesIO(encoded(Image.fromarray(PIXELS))))
+    image.verify()
+    return image
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
+        (dds(b"ABCD"), "cannot decode: Unimplemented pixel format"),
+        (spent(), "cannot decode: "),
+        (verified(), "cannot decode: "),
+        ("a\x00.png", r"cannot read 'a\\x00.png': embedded null byte"),
+        ("\ud800.png", r"cannot read '\\ud800.png'"),
         (b"", "0 bytes"),
         (b"not an image", "not an image format"),
         (jpeg()[:-400], "cannot decode"),
@@ -217,6 +241,20 @@ def test_bad_images_are_named(source, expected):
     with pytest.raises(BadImageError, match=expected) as caught:
         to_image(source, name="images_b[3]")
     assert str(caught.value).startswith("images_b[3]")
+
+
+@pytest.mark.parametrize("place", ["open", "load"])
+def test_whatever_a_reader_raises_is_a_bad_image(monkeypatch, place):
+    """The AVIF reader raises RuntimeError, for example; not every Pillow has it."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to decode image")
+
+    data = encoded(Image.fromarray(PIXELS))
+    owner = Image if place == "open" else PngImagePlugin.PngImageFile
+    monkeypatch.setattr(owner, place, fails)
+    with pytest.raises(BadImageError, match=r"^x\[1\]: cannot decode: Failed to decode"):
+        to_image(data, name="x[1]")
 
 
 def test_limits_are_inclusive():

@@ -123,6 +123,36 @@ def test_temperature_scales_the_log_odds_of_the_pair():
     assert hot.probability[0] == pytest.approx(1 / (1 + math.exp(-1.0)))
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_every_pair_has_its_own_calibration(aggregation):
+    rng = np.random.default_rng(4)
+    ab, ba = rng.normal(0, 2, (2, 6, 3))
+    whole = rng.normal(0, 2, (2, 6))
+    temperature, margin = rng.uniform(0.3, 4, 6), np.array([0, 0.5, 0, 3, 9, 0.1])
+    options = {
+        "aggregation": aggregation,
+        "essential": [True, False, True],
+        "learned_weights": [1.0, -0.5, 2.0],
+        "inconsistent": "keep",
+    }
+    v = pairs(
+        ab, ba, holistic_ab=whole[0], holistic_ba=whole[1], temperature=temperature, margin=margin,
+        **options,
+    )  # fmt: skip
+    for b in range(6):
+        own = slice(b, b + 1)
+        alone = pairs(
+            ab[own], ba[own], holistic_ab=whole[0, own], holistic_ba=whole[1, own],
+            temperature=float(temperature[b]), margin=float(margin[b]), **options,
+        )  # fmt: skip
+        assert (v.score[b], v.probability[b]) == (alone.score[0], alone.probability[0])
+        assert (v.winner[b], v.status[b]) == (alone.winner[0], alone.status[0])
+    data = v.to_json()
+    assert data["temperature"] is None and data["margin"] is None
+    assert [pair["margin"] for pair in data["pairs"]] == margin.tolist()
+    assert pairs(ab, temperature=2.0).to_json()["temperature"] == 2.0
+
+
 def test_ragged_criteria_are_padded_with_nan():
     ids = [["a", "b", "c"], ["d"], ["e", "f"]]
     ab = np.array([[1.0, 1, 1], [-2, 99, 99], [3, 5, 99]])
@@ -234,7 +264,10 @@ def test_holistic_alone_and_beside_criteria():
         ),
         (lambda: pairs([[1.0]], weights=[1.0, 2.0]), "weights has 2 criteria, expected 1"),
         (lambda: pairs([[1.0]], weights=[np.nan]), "weights must be finite"),
+        (lambda: pairs([[1.0]], learned_weights=[np.nan]), "learned_weights must be finite"),
         (lambda: pairs([[1.0]], temperature=0.0), "temperature"),
+        (lambda: pairs([[1.0], [2.0]], temperature=[1.0, np.nan]), "temperature"),
+        (lambda: pairs([[1.0]], temperature=[1.0, 1.0]), r"temperature has shape \[2\]"),
         (lambda: pairs([[1.0]], margin=-1.0), "margin"),
         (lambda: pairs([[1.0]], inconsistent="maybe"), "inconsistent"),
         (lambda: pairs([[1.0]], errors=[]), "errors has 0 items"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -36,6 +38,9 @@ def _main(
     ] = False,
 ) -> None:
     del version
+    # An id or a path may hold what the terminal cannot spell; that must not end a run.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 app.command("demo")(demo.demo)

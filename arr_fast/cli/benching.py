@@ -34,13 +34,20 @@ def judge(
     impl: opt.Impl = "auto",
     quantization: opt.Quantization = "none",
     csv: Annotated[Path | None, typer.Option(help="Append rows here.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Plot cost against K; needs --csv.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Plot cost against K; needs --csv and several K.")
+    ] = None,
     json_path: opt.JsonPath = None,
 ) -> None:
     """Time judges on one workload; nothing is timed unless all engines agree. Exit 1 otherwise."""
     with opt.one_line_errors():
+        names = _names(workload)
+        has_curve = len(names) > 1 or any(n == "acceptance" or n.endswith("-sweep") for n in names)
+        if png is not None and (csv is None or not has_curve):
+            raise ValueError("--png needs --csv and several K: --workload NAME-sweep, for example")
         opt.quiet_libraries()
         from arr_fast.bench.judge import run_judge_bench
+        from arr_fast.bench.plot import curves
 
         settings: dict[str, Any] = {"impl": impl}
         if quantization != "none":
@@ -48,7 +55,7 @@ def judge(
         result = run_judge_bench(
             model,
             workload,
-            [name.strip() for name in engines.split(",") if name.strip()],
+            _names(engines),
             repeats=repeats,
             threads=threads,
             memory=memory,
@@ -61,6 +68,8 @@ def judge(
         )
         if result.exit_code:
             raise typer.Exit(result.exit_code)
+        if png is not None and not curves(result.rows):
+            raise ValueError(f"{png} was not drawn: no shape was measured at two K")
 
 
 @app.command("serve")
@@ -126,6 +135,8 @@ def rpo(
 ) -> None:
     """Time one RPO iteration; nothing is timed unless all gradients agree. Exit 1 otherwise."""
     with opt.one_line_errors():
+        if judge_model is not None and judge_seconds:
+            raise ValueError("--judge-seconds is for the judge that sleeps, not for --judge")
         opt.quiet_libraries()
         from arr_fast.bench.rpo import run_rpo_bench
 

@@ -129,6 +129,8 @@ def _page(results: list[DemoResult]) -> str:
 
 
 def _run_json(result: DemoResult) -> dict[str, Any]:
+    from arr_fast.verdict_arrays import jsonable
+
     cost = result.cost
     return {
         "forwards": result.forwards,
@@ -136,6 +138,6 @@ def _run_json(result: DemoResult) -> dict[str, Any]:
         "seconds_separate": cost.separate,
         "seconds_single": cost.single,
         "criteria": cost.criteria,
-        "largest_difference": cost.difference,
+        "largest_difference": jsonable(cost.difference),
         "verdicts": result.verdicts.to_json(),
     }

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from arr_fast import __version__
 from arr_fast.cli import options as opt
-from arr_fast.cli.options import console, err_console
+from arr_fast.cli.options import JSON_ERRORS, console, err_console
 from arr_fast.data.items import InputItem, ItemError, read_items
 
 if TYPE_CHECKING:
@@ -279,6 +279,8 @@ def _execute(
         "revision": loaded.revision,
         "dtype": str(loaded.dtype),
         "quantization": loaded.quantization,
+        "device": str(loaded.device),
+        "impl": judge.engine.impl,
         "template_version": TEMPLATE_VERSION,
     }
     outcome = run(
@@ -297,7 +299,7 @@ def _execute(
     if json_path is not None:
         document = _document(command, identity, outcome, len(work))
         text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-        json_path.write_text(text + "\n", encoding="utf-8")
+        json_path.write_text(text + "\n", encoding="utf-8", errors=JSON_ERRORS)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
 

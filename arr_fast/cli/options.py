@@ -50,6 +50,9 @@ OutPath = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Items per call of the judge.")]
 
+# For files of JSON: a lone surrogate (of a file name, say) becomes "\udc80", as JSON spells it.
+JSON_ERRORS = "backslashreplace"
+
 console = Console()
 # Progress and errors keep out of the way of what is piped.
 err_console = Console(stderr=True)

@@ -13,8 +13,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from arr_fast import __version__
 from arr_fast.cli import options as opt
-from arr_fast.cli.options import console, err_console
+from arr_fast.cli.options import JSON_ERRORS, console, err_console
 from arr_fast.cli.stages import Stages
 from arr_fast.errors import ArrFastError
 
@@ -43,6 +44,7 @@ STAGES: dict[Stage, str] = {
 }
 WriterKind = Literal["local", "openai"]
 KEY_VARIABLE = "OPENAI_API_KEY"
+PROMPTS_SCHEMA = 1
 
 
 @dataclass(slots=True)
@@ -132,6 +134,8 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
         json_path: opt.JsonPath = None,
     ) -> None:
         with opt.one_line_errors():
+            if writer == "local" and (writer_model is not None or base_url is not None):
+                raise ValueError("--writer-model and --base-url need --writer openai")
             request = _Request(
                 *(data, format_name, limit, folder, zero_shot, writer, writer_model),
                 *(base_url, concurrency, attempts, timeout, budget, template_set, templates),
@@ -266,8 +270,7 @@ def _run_pairs(request: _Request, stage: Stage) -> None:
             loop.close()
     _print_report(document)
     if request.json_path is not None:
-        text = json.dumps(document, indent=1, ensure_ascii=False)
-        request.json_path.write_text(text + "\n", encoding="utf-8")
+        _write_json(document, request.json_path)
     unanswered = document["verification"]["status"].get("unanswered", 0)
     if unanswered:
         raise ArrFastError(f"{unanswered} pairs got no answer; run again to ask for them anew")
@@ -307,7 +310,7 @@ def _run_prompts(request: _Request, stage: Stage) -> None:
     from arr_fast.autorubric.writer import Writer
     from arr_fast.data.record import image_bytes
     from arr_fast.data.registry import read_records
-    from arr_fast.data.writing import write_json_rows
+    from arr_fast.data.writing import plain, write_json_rows
     from arr_fast.images import to_image
 
     if stage != "generate":
@@ -338,10 +341,26 @@ def _run_prompts(request: _Request, stage: Stage) -> None:
         rows.append(row)
     write_json_rows(rows, request.folder / PROMPT_RUBRICS)
     failed = sum(not each.texts for each in found)
+    if request.json_path is not None:
+        document = {
+            "schema": f"arr_fast.rubric_prompts/{PROMPTS_SCHEMA}",
+            "arr_fast_version": __version__,
+            "settings": settings.model_dump(mode="json"),
+            "writer": writer.backend.identity,
+            "cost": writer.cost.to_json(),
+            "failed": failed,
+            "prompts": rows,
+        }
+        _write_json(plain(document), request.json_path)
     cost = ", ".join(f"{name} {value:g}" for name, value in writer.cost.to_json().items())
     console.print(f"{len(found) - failed} of {len(found)} prompts have criteria; {cost}")
     if failed:
         raise ArrFastError(f"{failed} prompts have no criteria; see {PROMPT_RUBRICS}")
+
+
+def _write_json(document: dict[str, Any], path: Path) -> None:
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8", errors=JSON_ERRORS)
 
 
 def _backend(request: _Request, judge: Judge | None) -> TextBackend:

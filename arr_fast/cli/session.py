@@ -1,8 +1,9 @@
 """Runs a command over its items: batches, progress, one flushed line per item, resuming.
 
 The output file is a log. A line holds the item's identity: a hash over the command, the prompt, the
-bytes of the images, the rubric, the model's revision and every setting that can move a number. Run
-again, items whose identity has a line without an error are not judged again.
+bytes of the images, the rubric and what was fitted for it, the model's revision and every setting
+that can move a number. Run again, items whose identity has a line without an error are not judged
+again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from arr_fast.cli.options import JSON_ERRORS
 from arr_fast.data.items import InputItem
 from arr_fast.data.record import image_bytes
 from arr_fast.errors import ArrFastError, BadImageError
@@ -99,7 +101,7 @@ def run(
             object with a "status" for each.
         command: Name of the command; part of the identity.
         rubric_of: The rubric of an item.
-        settings: Everything else that can move a number; part of the identity.
+        settings: Everything else that can move a number, "revision" among it; part of the identity.
         batch_size: Items per call of judge_batch.
         out: JSONL file to append to and to resume from, or None.
         console: Where progress goes.
@@ -109,7 +111,7 @@ def run(
     results: dict[int, dict[str, Any]] = {}
     skipped = 0
     interrupted = False
-    handle = out.open("a", encoding="utf-8") if out is not None else None
+    handle = out.open("a", encoding="utf-8", errors=JSON_ERRORS) if out is not None else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -162,8 +164,9 @@ def _prepare(
         for name, path in zip(names, paths, strict=True):
             try:
                 blobs.append(image_bytes(path))
-            except OSError as problem:
-                error = error or f"{name}: cannot read {path}: {problem.strerror or problem}"
+            except (OSError, ValueError) as problem:
+                reason = getattr(problem, "strerror", None) or problem
+                error = error or f"{name}: cannot read {path}: {reason}"
                 blobs.append(b"")
         identity = _identity(command, item, rubric, settings, blobs)
         if finished.get(identity):
@@ -187,6 +190,7 @@ def _identity(
     settings: dict[str, Any],
     blobs: Sequence[bytes],
 ) -> str:
+    fits = rubric.calibration.get(settings["revision"], {})
     content = [
         command,
         item.prompt,
@@ -194,6 +198,7 @@ def _identity(
         item.source is not None,
         rubric.content_hash,
         rubric.ids,
+        {rule: [fit.temperature, fit.margin, fit.rubric_hash] for rule, fit in fits.items()},
         settings,
     ]
     line = json.dumps(content, sort_keys=True, ensure_ascii=False)

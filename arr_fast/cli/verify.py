@@ -126,13 +126,19 @@ def _traces(
     """Traces of pairs in both orders with the holistic leaf, and of their first images alone."""
     from dataclasses import replace
 
-    from arr_fast.data.record import image_bytes
+    from arr_fast.data.record import ImageRef, image_bytes
+    from arr_fast.images import CanonicalImage, to_image
+
+    def read(image: ImageRef, name: str) -> list[CanonicalImage]:
+        return [to_image(image_bytes(image), name=name)]
 
     found: list[VerdictTrace] = []
     for number, pair in enumerate(pairs):
         rubric = rubric_of(pair)
-        sources = None if pair.source is None else [image_bytes(pair.source)]
-        first, second = ([image_bytes(image)] for image in pair.images)
+        sources = None if pair.source is None else read(pair.source, f"{pair.name}: source image")
+        first, second = (
+            read(image, f"{pair.name}: image {n}") for n, image in enumerate(pair.images)
+        )
         prompts = [pair.prompt]
         traces = judge.trace(prompts, first, second, rubric, sources=sources, mode="both")
         traces += judge.trace(prompts, first, rubric=rubric, sources=sources)

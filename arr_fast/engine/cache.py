@@ -153,8 +153,11 @@ class PrefixPool:
     def allocate(self) -> None:
         """Takes the pool's memory now; compiled graphs then never see its shape change."""
         if self.blocks and self._k is None:
-            self._k = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-            self._v = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+            # Both or neither: memory may end between them.
+            k, v = (
+                torch.zeros(self._shape, dtype=self._dtype, device=self._device) for _ in range(2)
+            )
+            self._k, self._v = k, v
 
     def lookup(self, chain: Sequence[bytes]) -> list[PoolRun]:
         """The cached blocks that lead a chain, joined where they are neighbours; pins them."""

@@ -108,11 +108,15 @@ class Engine:
             pack_linears(self.adapter.layers)
         self.runner = self._make_runner()
 
-    def image_features(self, images: Sequence[CanonicalImage]) -> dict[str, ImageFeatures]:
+    def image_features(
+        self, images: Sequence[CanonicalImage], failed: dict[str, BaseException] | None = None
+    ) -> dict[str, ImageFeatures]:
         """Features of some images, from the cache or the vision tower.
 
         Args:
             images: Any images; equal content is encoded once.
+            failed: Takes content hash -> error of images that not even alone find memory; without
+                it the first of them raises.
 
         Returns:
             content hash -> features.
@@ -134,9 +138,15 @@ class Engine:
         started = time.perf_counter()
         for batch in token_batches(patches, self.config.max_vision_patches):
             encoded = self._encode_images([todo[i] for i in batch])
-            for i, features in zip(batch, encoded, strict=True):
-                found[todo[i].content_hash] = features
-                self.features_cache.put((todo[i].content_hash, settings, self.epoch), features)
+            for i, result in zip(batch, encoded, strict=True):
+                key = todo[i].content_hash
+                if isinstance(result, ImageFeatures):
+                    found[key] = result
+                    self.features_cache.put((key, settings, self.epoch), result)
+                elif failed is None:
+                    raise result
+                else:
+                    failed[key] = result
         self.counters.image_encodes += len(todo)
         self.counters.vision_seconds += time.perf_counter() - started
         return found
@@ -216,9 +226,14 @@ class Engine:
     def reset_weights(self) -> None:
         """Call after the weights changed: nothing computed from the old ones is used again."""
         with self.lock:
+            self.forget_weights()
+            repack_linears(self.adapter.layers)
+
+    def forget_weights(self) -> None:
+        """Drops what was computed from the weights; packed copies of them stay."""
+        with self.lock:
             self.epoch += 1
             self._heads.clear()
-            repack_linears(self.adapter.layers)
             self.clear_caches()
 
     def clear_caches(self) -> None:
@@ -241,17 +256,25 @@ class Engine:
             "prefix_kv": self.pool.stats.as_dict(),
         }
 
-    def _encode_images(self, images: Sequence[CanonicalImage]) -> list[ImageFeatures]:
-        """One vision forward; on lack of memory its halves, down to a single image."""
+    def _encode_images(
+        self, images: Sequence[CanonicalImage]
+    ) -> Sequence[ImageFeatures | BaseException]:
+        """One vision forward; on lack of memory its halves, down to a single image's error."""
         try:
             with torch.inference_mode():
                 return self.adapter.encode_images(images)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error) or len(images) == 1:
+            if not _is_out_of_memory(error):
                 raise
+            # The traceback holds the tensors of the forward.
+            error.__traceback__ = None
+            if len(images) == 1:
+                return [error]
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.counters.splits += 1
         middle = len(images) // 2
-        return self._encode_images(images[:middle]) + self._encode_images(images[middle:])
+        return [*self._encode_images(images[:middle]), *self._encode_images(images[middle:])]
 
     def _run(
         self,

@@ -185,9 +185,7 @@ class QwenVLAdapter(FamilyAdapter):
         deepstack = list(getattr(output, "deepstack_features", None) or [])
         merged = [(int(h) // self._merge, int(w) // self._merge) for _, h, w in grid.tolist()]
         return [
-            ImageFeatures(
-                embeds.contiguous(), tuple(level[i].contiguous() for level in deepstack), merged[i]
-            )
+            ImageFeatures(_owned(embeds), tuple(_owned(level[i]) for level in deepstack), merged[i])
             for i, embeds in enumerate(output.pooler_output)
         ]
 
@@ -221,7 +219,7 @@ class SmolVLMAdapter(FamilyAdapter):
         output = self.model.model.get_image_features(
             self._to_device(pixels), self._to_device(mask), return_dict=True
         )
-        return [ImageFeatures(e.contiguous(), (), (1, len(e))) for e in output.pooler_output]
+        return [ImageFeatures(_owned(e), (), (1, len(e))) for e in output.pooler_output]
 
 
 class LlavaOnevisionAdapter(FamilyAdapter):
@@ -242,8 +240,15 @@ class LlavaOnevisionAdapter(FamilyAdapter):
             batch_num_images=torch.tensor([len(shown)]),
             return_dict=True,
         )
-        features = [ImageFeatures(e.contiguous(), (), (1, len(e))) for e in output.pooler_output]
-        return features[: len(images)]
+        found = output.pooler_output[: len(images)]
+        return [ImageFeatures(_owned(e), (), (1, len(e))) for e in found]
+
+
+def _owned(features: Tensor) -> Tensor:
+    """Features in memory of their own: a view would keep those of its whole batch alive."""
+    features = features.contiguous()
+    is_view = features.untyped_storage().nbytes() > features.nbytes
+    return features.clone() if is_view else features
 
 
 FAMILIES: dict[str, type[FamilyAdapter]] = {

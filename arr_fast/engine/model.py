@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils.hub import extract_commit_hash
 
 from arr_fast.engine import attention
 from arr_fast.engine.families import FAMILIES, FamilyAdapter, adapter_for
@@ -20,6 +22,7 @@ logger = logging.getLogger("arr_fast")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("int8", "fp8")
+_CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,12 @@ class LoadedModel:
         adapter: What its family needs.
         name: What the user asked for.
         path: The directory or hub id it came from.
-        revision: Commit hash of a hub checkpoint, or a content hash of a local directory.
+        revision: Commit hash of a hub checkpoint, or a content hash of a local directory; then
+            "+" and the same of a PEFT adapter; "#update<n>" once the weights were updated n times.
         device: Where it runs.
         dtype: Of its activations.
         quantization: "int8", "fp8" or None.
+        peft_adapter: The PEFT adapter that was merged into the weights, as asked for, or None.
         reload: Reads the weights again, on the CPU, adapter merged.
     """
 
@@ -46,16 +51,22 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     quantization: str | None
+    peft_adapter: str | None
     reload: Callable[[], Any]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the first CUDA device, or the CPU."""
+    """ "auto" is the current CUDA device, or the CPU; a CUDA device always comes with its number.
+
+    The judge may run in a thread of its own, where another device is current.
+    """
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ArrFastError(f"device {device!s} was asked for, but CUDA is not available")
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return resolved
 
 
@@ -141,6 +152,7 @@ def load_model(
         device=target,
         dtype=kind,
         quantization=quantization,
+        peft_adapter=None if adapter is None else str(adapter),
         reload=read,
     )
 
@@ -187,15 +199,26 @@ def _revision_of(path: str, config: Any, revision: str | None, adapter: str | Pa
     found = getattr(config, "_commit_hash", None) or revision
     if Path(path).is_dir():
         found = directory_hash(Path(path))
-    suffix = f"+{directory_hash(Path(adapter))}" if adapter and Path(adapter).is_dir() else ""
+    suffix = "" if adapter is None else f"+{_adapter_revision(adapter)}"
     return f"{found or 'unknown'}{suffix}"
+
+
+def _adapter_revision(adapter: str | Path) -> str:
+    """A directory's content hash; else the hub id, with the commit that the hub's cache holds."""
+    if Path(adapter).is_dir():
+        return directory_hash(Path(adapter))
+    cached = try_to_load_from_cache(str(adapter), "adapter_config.json")
+    commit = extract_commit_hash(cached if isinstance(cached, str) else None, None)
+    return str(adapter) if commit is None else f"{adapter}@{commit}"
 
 
 def directory_hash(directory: Path) -> str:
     """sha256 (first 16 hex digits) over the names, sizes and contents of a checkpoint's files."""
     digest = hashlib.sha256()
     for file in sorted(directory.iterdir()):
-        if file.suffix not in {".json", ".safetensors", ".jinja", ".txt", ".model"}:
+        # Of .bin files only weights: a trainer leaves its arguments and optimiser beside them.
+        is_read = file.suffix in _CHECKPOINT_SUFFIXES or file.match("*_model*.bin")
+        if not is_read:
             continue
         digest.update(file.name.encode())
         with file.open("rb") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class WeightKeeper:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.level = 0
-        self._updated = False
+        self._revision = engine.loaded.revision
+        self._updates = 0
 
     def check_awake(self) -> None:
         """Raises an ArrFastError while asleep."""
@@ -35,6 +37,8 @@ class WeightKeeper:
     def update(self, source: str | Path | Mapping[str, Tensor]) -> None:
         """Copies new values into the weights and starts a new epoch.
 
+        The loaded model's revision becomes "<revision of the checkpoint>#update<n>".
+
         Args:
             source: A checkpoint directory of the same architecture, or a state dict.
 
@@ -42,10 +46,10 @@ class WeightKeeper:
             ValueError: Missing, unknown or misshapen tensors; nothing is changed then.
             ArrFastError: The judge is quantised, or asleep.
         """
-        self.check_awake()
         if self.engine.loaded.quantization:
             raise ArrFastError("weights of a quantised judge cannot be updated; load it anew")
         with self.engine.lock:
+            self.check_awake()
             if isinstance(source, Mapping):
                 state = dict(source)
             else:
@@ -55,19 +59,27 @@ class WeightKeeper:
             with torch.no_grad():
                 for name, value in state.items():
                     targets[name].copy_(value)
-            self._updated = True
+            self._updates += 1
+            self.engine.loaded = dataclasses.replace(
+                self.engine.loaded, revision=f"{self._revision}#update{self._updates}"
+            )
             self.engine.reset_weights()
 
     def sleep(self, level: int) -> None:
-        """Moves weights to host memory (1) or drops them (2); drops packed copies and caches."""
+        """Moves weights to host memory (1) or drops them (2); drops packed copies and caches.
+
+        A judge that sleeps as deep already stays as it is.
+        """
         if level not in (1, 2):
             raise ValueError(f"level must be 1 or 2, got {level}")
-        if level == 2 and self._updated:
-            raise ArrFastError("weights were updated in memory; sleep(2) would lose them")
         if level == 2 and self.engine.loaded.quantization:
             raise ArrFastError("a quantised judge can sleep only at level 1")
         with self.engine.lock:
-            self.engine.reset_weights()
+            if level == 2 and self._updates:
+                raise ArrFastError("weights were updated in memory; sleep(2) would lose them")
+            if self.level >= level:
+                return
+            self.engine.forget_weights()
             model = self.engine.loaded.model
             if level == 1:
                 model.to("cpu")
@@ -88,9 +100,9 @@ class WeightKeeper:
             if self.level == 2:
                 fresh = dict(loaded.reload().named_parameters(remove_duplicate=False))
                 for name, parameter in loaded.model.named_parameters():
-                    parameter.data = fresh[name].data.to(loaded.device)
-            else:
-                loaded.model.to(loaded.device)
+                    parameter.data = fresh[name].data
+            # Buffers too: on the way through level 1 they were moved.
+            loaded.model.to(loaded.device)
             repack_linears(self.engine.adapter.layers)
             self.level = 0
 

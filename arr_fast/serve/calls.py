@@ -1,8 +1,8 @@
 """What requests ask of the judge, and how several requests become one call of it.
 
-Calls with equal `merge_key` may run together. Everything that a judge would otherwise derive from
-the call as a whole (the fitted temperature and margin, the rubric hashes of the provenance) is
-resolved per request here, so company never changes an answer.
+Calls with equal `merge_key` may run together. What a judge says of its call as a whole (common
+temperature and margin, rubric hashes of the provenance) and the numbers in errors are told per
+request here, so company never changes an answer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from arr_fast.aggregation import AggregationName
 from arr_fast.images import CanonicalImage
+from arr_fast.pairwise import common
 from arr_fast.provenance import Provenance
 from arr_fast.rubric import Rubric
 
@@ -59,21 +60,6 @@ class PairOptions:
     margin: float | None = None
     inconsistent: Literal["tie", "keep"] = "tie"
     learned_weights: tuple[float, ...] | None = None
-
-    def fitted(self, rubrics: Sequence[Rubric], revision: str) -> PairOptions:
-        """The same with temperature and margin as the judge would take them for this request."""
-        rule = self.aggregation or ("holistic" if self.mode == "holistic" else "log_odds_mean")
-        found = set()
-        for rubric in {id(rubric): rubric for rubric in rubrics}.values():
-            fit = rubric.calibration_for(revision, rule)
-            found.add((fit.temperature, fit.margin) if fit else (1.0, 0.0))
-        temperature, margin = found.pop() if len(found) == 1 else (1.0, 0.0)
-        return replace(
-            self,
-            aggregation=rule,
-            temperature=temperature if self.temperature is None else self.temperature,
-            margin=margin if self.margin is None else self.margin,
-        )
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the judge."""
@@ -257,8 +243,11 @@ def _shares(verdicts: Any, calls: Sequence[Any], noun: str) -> list[Any]:
             # The errors of a group are those of its pairs.
             for verdict in item.get("pairs", [item]):
                 verdict["error"] = _renumbered(verdict["error"], noun, begin + number, number)
-        provenance = _provenance(verdicts.provenance, call.rubrics)
-        answers.append({**whole, "provenance": provenance, f"{noun}s": own})
+        about: dict[str, Any] = {"provenance": _provenance(verdicts.provenance, call.rubrics)}
+        for name in ("temperature", "margin"):
+            if name in whole:
+                about[name] = common([item[name] for item in own])
+        answers.append({**whole, **about, f"{noun}s": own})
         begin += call.items
     return answers
 

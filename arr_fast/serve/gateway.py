@@ -36,12 +36,17 @@ class Gateway:
         loaded = judge.engine.loaded
         self.settings = settings
         self.model = settings.served_model or loaded.name
-        self.revision = loaded.revision
+        self._judge = judge
         self.tokenizer = loaded.adapter.tokenizer
         self.metrics = Metrics(judge.stats)
-        self.builder = CallBuilder(settings, loaded.revision)
+        self.builder = CallBuilder(settings)
         self.batcher = Batcher(judge, settings, self.metrics)
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="arr-fast-decode")
+
+    @property
+    def revision(self) -> str:
+        """Revision of the judge's weights, which may be updated while it serves."""
+        return self._judge.engine.loaded.revision
 
     def close(self) -> bool:
         """Drains and stops; returns whether everything accepted was served."""

@@ -108,13 +108,19 @@ class LabelCall:
         with engine.lock:
             if judge.stats()["asleep"]:
                 raise ArrFastError("the judge sleeps; call wake() first")
-            features = engine.image_features([i for call in calls for i in call.images])
+            failed: dict[str, BaseException] = {}
+            features = engine.image_features([i for call in calls for i in call.images], failed)
             table = ImageTable()
             paths: list[list[Path]] = []
             wanted: list[list[tuple[int, ...]]] = []
             errors: dict[int, BaseException] = {}
             for number, call in enumerate(calls):
                 try:
+                    for image in call.images:
+                        if image.content_hash in failed:
+                            raise ArrFastError(
+                                f"an image was not encoded: {failed[image.content_hash]}"
+                            )
                     found, labels = call._prepare(engine, features, table)
                 except ArrFastError as error:
                     is_long = isinstance(error, PromptTooLongError)

@@ -83,8 +83,7 @@ def _call(gateway: Gateway, prompt: ArrPrompt) -> Call:
     sources = None if prompt.source is None else (read(prompt.source, "image BASE"),)
     if prompt.kind == "score":
         return ScoreCall((prompt.caption,), images, sources, rubrics)
-    options = builder.fit(PairOptions(), rubrics)
-    return RankCall((prompt.caption,), (images,), sources, rubrics, options)
+    return RankCall((prompt.caption,), (images,), sources, rubrics, PairOptions())
 
 
 def _ranked(result: dict[str, Any]) -> dict[str, Any]:

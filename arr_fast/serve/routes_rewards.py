@@ -194,7 +194,7 @@ def _group_call(
         tuple(tuple(read(images[p], f"images[{p}]") for p in ps) for ps in groups.values()),
         None if sources is None else tuple(read(sources[f], f"sources[{f}]") for f in firsts),
         chosen,
-        gateway.builder.fit(PairOptions(), chosen),
+        PairOptions(),
     )
 
 

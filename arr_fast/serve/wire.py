@@ -87,12 +87,10 @@ class CallBuilder:
 
     Args:
         settings: Limits and the default rubric.
-        revision: Revision of the judge's weights, for fitted temperatures.
     """
 
-    def __init__(self, settings: ServeSettings, revision: str) -> None:
+    def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        self._revision = revision
 
     def compare(self, request: CompareRequest) -> CompareCall:
         """A compare call.
@@ -167,10 +165,6 @@ class CallBuilder:
         """The server's rubric if it is for this task, else the packaged default."""
         mine = self.settings.rubric
         return mine if mine is not None and mine.task == task else Rubric.default(task)
-
-    def fit(self, options: PairOptions, rubrics: tuple[Rubric, ...]) -> PairOptions:
-        """Options with fitted temperature and margin, see `PairOptions.fitted`."""
-        return options.fitted(rubrics, self._revision)
 
     def _rubric(self, spec: RubricSpec | None, task: Task, name: str) -> Rubric:
         try:
@@ -249,7 +243,7 @@ class CallBuilder:
             raise BadRequestError('aggregation "holistic" needs mode "holistic" or "both"')
         if request.mode == "holistic" and request.aggregation not in (None, "holistic"):
             raise BadRequestError('mode "holistic" has no criteria to aggregate; use mode "both"')
-        options = PairOptions(
+        return PairOptions(
             orders=request.orders,
             mode=request.mode,
             label_mass=request.label_mass,
@@ -260,4 +254,3 @@ class CallBuilder:
             inconsistent=request.inconsistent,
             learned_weights=None if weights is None else tuple(weights),
         )
-        return self.fit(options, rubrics)

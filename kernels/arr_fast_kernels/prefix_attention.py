@@ -39,6 +39,7 @@ from arr_fast_kernels.configs import (
     dot_precision,
     padded_head_dim,
 )
+from arr_fast_kernels.launching import on_its_device
 
 MERGE_BLOCK_M = 16  # 16 x 256 fp32 accumulators are 32 registers a thread on 4 warps
 
@@ -316,6 +317,7 @@ def _merge_splits_kernel(
     )
 
 
+@on_its_device
 def prefix_attention(
     *,
     q: torch.Tensor,
@@ -355,7 +357,10 @@ def prefix_attention(
     tile_count = tiles.shape[0]
     arch = arch_of(q.device)
     config = config or attention_config(arch, head_dim, q.dtype)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v, k_pool, v_pool = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, k_pool, v_pool)
+    )
+    own_start, runs, tiles = (table.contiguous() for table in (own_start, runs, tiles))
     out = torch.zeros((rows, query_heads, head_dim), dtype=q.dtype, device=q.device)
     if rows == 0 or tile_count == 0:
         return out

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from arr_fast_kernels.configs import ElementwiseConfig, arch_of, elementwise_config
+from arr_fast_kernels.launching import on_its_device
 from arr_fast_kernels.samples import sample_stride
 
 KL_FORMS = ("none", "latent_mean", "velocity", "log_prob_diff")
@@ -254,6 +255,7 @@ def _rpo_backward_kernel(
     )
 
 
+@on_its_device
 def rpo_loss(
     *,
     v: torch.Tensor,
@@ -305,6 +307,10 @@ def rpo_loss(
     stats = torch.empty((len(STATS), batch), dtype=torch.float32, device=v.device)
     if batch == 0:
         return loss, stats
+    # Scalars are read by sample, without a stride.
+    x_scale, v_scale, std, dt, log_prob_old, advantage = (
+        scalar.contiguous() for scalar in (x_scale, v_scale, std, dt, log_prob_old, advantage)
+    )
     partial = torch.empty((3, batch, blocks), dtype=torch.float32, device=v.device)
     _rpo_sums_kernel[(blocks, batch)](
         partial_ptr=partial,
@@ -341,6 +347,7 @@ def rpo_loss(
     return loss, stats
 
 
+@on_its_device
 def rpo_loss_backward(
     *,
     grad_loss: torch.Tensor,
@@ -375,6 +382,9 @@ def rpo_loss_backward(
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if grad_v.numel() == 0:
         return grad_v
+    grad_loss, stats, x_scale, v_scale = (
+        scalar.contiguous() for scalar in (grad_loss, stats, x_scale, v_scale)
+    )
     _rpo_backward_kernel[(triton.cdiv(v[0].numel(), config.block), v.shape[0])](
         grad_v_ptr=grad_v,
         grad_loss_ptr=grad_loss,

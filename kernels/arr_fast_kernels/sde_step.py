@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from arr_fast_kernels.configs import ElementwiseConfig, arch_of, elementwise_config
+from arr_fast_kernels.launching import on_its_device
 from arr_fast_kernels.samples import sample_stride
 
 NOISE_NONE, NOISE_GIVEN, NOISE_DRAWN = (tl.constexpr(mode) for mode in range(3))
@@ -118,6 +119,7 @@ def _log_prob_kernel(
     tl.store(log_prob_ptr + sample, log_prob)
 
 
+@on_its_device
 def sde_step(
     *,
     x: torch.Tensor,
@@ -161,6 +163,9 @@ def sde_step(
     x, stride_xb = sample_stride(x)
     v, stride_vb = sample_stride(v)
     noise, stride_nb = sample_stride(x if noise is None else noise)
+    # Scalars are read by sample, without a stride.
+    x_scale, v_scale, std = (scalar.contiguous() for scalar in (x_scale, v_scale, std))
+    seed = std if seed is None else seed.contiguous()
     blocks = triton.cdiv(elements, config.block)
     partial = torch.empty((batch, blocks), dtype=torch.float32, device=x.device)
     _sde_step_kernel[(blocks, batch)](
@@ -169,7 +174,7 @@ def sde_step(
         x_ptr=x,
         v_ptr=v,
         noise_ptr=noise,
-        seed_ptr=std if seed is None else seed,
+        seed_ptr=seed,
         x_scale_ptr=x_scale,
         v_scale_ptr=v_scale,
         std_ptr=std,

@@ -34,6 +34,7 @@ from arr_fast_kernels.configs import (
     dot_precision,
     vocab_config,
 )
+from arr_fast_kernels.launching import on_its_device
 
 MAX_LABEL_ROWS = 64
 
@@ -197,6 +198,7 @@ def _vocab_merge_kernel(
     tl.store(vocab_lse_ptr + row, largest + tl.log(total))
 
 
+@on_its_device
 def verdict_head(
     *,
     hidden: torch.Tensor,
@@ -241,6 +243,7 @@ def verdict_head(
         t if t.stride(-1) == 1 else t.contiguous()
         for t in (hidden, label_rows, vocab_weight, norm_weight)
     )
+    label_ptr = label_ptr.contiguous()
     normed = torch.empty(
         (rows if vocab else 0, hidden_size), dtype=hidden.dtype, device=hidden.device
     )

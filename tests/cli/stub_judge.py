@@ -22,7 +22,7 @@ class StubJudge:
         self.fail_on = fail_on
         self.stop_after = stop_after
         loaded = SimpleNamespace(
-            name="stub", revision="r1", dtype="torch.float32", quantization=None
+            name="stub", revision="r1", dtype="torch.float32", device="cpu", quantization=None
         )
         self.engine = SimpleNamespace(loaded=loaded, impl="stub")
 

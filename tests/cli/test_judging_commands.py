@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from arr_fast.cli import app, options
+from arr_fast.cli.session import run
+from arr_fast.data.items import InputItem
+from arr_fast.rubric import Rubric
 from tests.cli.stub_judge import StubJudge
 
 RUNNER = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"})
@@ -102,7 +107,9 @@ def test_a_second_run_judges_nothing_again(stub, folder):
     assert data["summary"]["resumed"] == 5 and len(data["items"]) == 5
 
 
-@pytest.mark.parametrize("change", ["image", "prompt", "rubric", "orders"])
+@pytest.mark.parametrize(
+    "change", ["image", "prompt", "rubric", "orders", "calibration", "impl", "device"]
+)
 def test_what_can_move_a_number_is_judged_again(stub, folder, change):
     out = folder / "out.jsonl"
     items = pairs_file(folder)
@@ -119,6 +126,17 @@ def test_what_can_move_a_number_is_judged_again(stub, folder, change):
     elif change == "rubric":
         text = (folder / "rubric.yaml").read_text()
         (folder / "rubric.yaml").write_text(text.replace("Very.", "Very much."))
+    elif change == "calibration":
+        rubric = Rubric.load(folder / "rubric.yaml")
+        other = rubric.with_calibration("other", "veto", temperature=2.0, margin=0.0)
+        other.save(folder / "rubric.yaml")
+        assert call(*arguments).exit_code == 0 and stub.calls == []
+        fitted = rubric.with_calibration("r1", "log_odds_mean", temperature=2.0, margin=0.0)
+        fitted.save(folder / "rubric.yaml")
+    elif change == "impl":
+        stub.engine.impl = "another"
+    elif change == "device":
+        stub.engine.loaded.device = "cuda:0"
     else:
         arguments += ["--orders", "AB"]
     assert call(*arguments).exit_code == 0
@@ -187,6 +205,52 @@ def test_bad_items_fail_alone_and_are_retried(stub, folder):
     stub.fail_on = None
     assert call(*arguments).exit_code == 0
     assert len(out.read_text().splitlines()) == 7
+
+
+def test_a_line_that_cannot_be_read_stops_nothing(stub, folder):
+    names = ["02.png", "broken.dds", "nul\0.png", "\ud800.png"]
+    # A pixel format that Pillow has not implemented, and says so.
+    sizes = struct.pack("<7I", 124, 0x1007, 64, 64, 0, 0, 0) + bytes(44)
+    pixel_format = struct.pack("<2I4s5I", 32, 4, b"ABCD", 0, 0, 0, 0, 0)
+    (folder / "broken.dds").write_bytes(b"DDS " + sizes + pixel_format + bytes(20))
+    out = folder / "out.jsonl"
+    items = [
+        InputItem(f"p{i}", "x", (f"{folder}/01.png", f"{folder}/{name}"))
+        for i, name in enumerate([*names, "03.png"])
+    ]
+    outcome = run(
+        items,
+        lambda batch: [{"status": "ok"} for _ in batch],
+        command="compare",
+        rubric_of=lambda item: Rubric.load(folder / "rubric.yaml"),
+        settings={"revision": "r1"},
+        batch_size=1,
+        out=out,
+        console=options.err_console,
+    )
+    assert outcome.counts == {"ok": 2, "error": 3}
+    for number in (1, 2, 3):
+        assert outcome.results[number]["error"].startswith(f"p{number}: image 1: ")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == outcome.results
+
+
+def test_a_name_that_is_not_unicode_is_written_and_read_back(stub, folder):
+    """A file name of other bytes reaches Python with lone surrogates."""
+    odd = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")
+    Image.new("RGB", (8, 8), (250,) * 3).save(odd, "PNG")
+    out, report = folder / "out.jsonl", folder / "r.json"
+    common = ("--prompt", "x", "--rubric", folder / "rubric.yaml", "--json", report)
+    for _ in range(2):
+        result = call("compare", "--a", odd, "--b", folder / "01.png", "--out", out, *common)
+        assert result.exit_code == 0, result.output
+    (line,) = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    (item,) = json.loads(report.read_text(encoding="utf-8"))["items"]
+    assert line["images"][0] == item["images"][0] == odd
+    assert len(stub.calls) == 1
+    # The table of a ranking names its images.
+    result = call("rank", odd, folder / "01.png", *common)
+    assert result.exit_code == 0, result.output
+    assert r"caf\udce9.png" in "".join(result.stdout.split())
 
 
 def test_edits_and_captions_may_share_a_file(stub, folder):

@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from arr_fast.cli import app
+from arr_fast import demo
+from arr_fast.cli import app, options
 from arr_fast.data.items import InputItem
-from arr_fast.demo import run_demo
 from arr_fast.judge import Judge
+from arr_fast.provenance import Provenance
 from arr_fast.report import ReportSection, render_report
 from arr_fast.rubric import Criterion, Rubric
+from arr_fast.verdicts import pair_verdicts
 
 MODEL = "random:qwen3_vl-tiny"
 RUNNER = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"})
@@ -70,6 +72,16 @@ def test_verify_fails_on_a_wrong_verdict(folder, monkeypatch, error):
     assert "FAIL" in result.stdout
 
 
+def test_verify_names_the_pair_of_an_image_that_it_cannot_read(folder, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"junk")
+    good = {"prompt": "x", "image_a": f"{folder}/0.png", "image_b": f"{folder}/1.png"}
+    bad = {**good, "id": "second", "image_b": "bad.png"}
+    items = tmp_path / "pairs.jsonl"
+    items.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    result = call("verify", items, "--model", MODEL, "--n", 200)
+    assert result.exit_code == 1 and "second: image 1: not an image" in result.stderr
+
+
 def test_compare_equals_the_library(folder):
     report = folder / "compare.json"
     result = call("compare", folder / "pairs.jsonl", "--model", MODEL, "--json", report)
@@ -94,13 +106,32 @@ def test_demo_counts_forwards_and_compares_with_separate_calls(folder):
         name="r", criteria=tuple(Criterion(id=f"c{i}", text=f"Statement {i}.") for i in range(5))
     )
     items = [InputItem("x", "a red circle", (str(folder / "0.png"), str(folder / "1.png")))] * 2
-    result = run_demo(judge, items, rubric)
+    result = demo.run_demo(judge, items, rubric)
     assert result.forwards == 1
     assert result.cost.criteria == 5
     assert 0 <= result.cost.difference <= 1e-4
     assert result.cost.separate > result.cost.single > 0
     page = render_report([ReportSection("x", result.pairs, result.verdicts)], title="t")
     assert page.count("<article>") == 2 and page.count("<li>") == 10
+
+
+def test_demo_fails_on_a_difference_that_is_no_number(tmp_path, monkeypatch):
+    def verdicts(log_odds):
+        odds = np.array([log_odds])
+        return pair_verdicts(odds, -odds, provenance=Provenance("m", "r", (), 1))
+
+    together = verdicts([1.0, 2.0, 3.0])
+    difference = demo._largest_difference(together, [verdicts([z]) for z in (1.5, np.nan, 3.0)])
+    assert np.isnan(difference)
+    cost = demo.Cost(1.0, 1.0, 1.0, 3, difference)
+    result = demo.DemoResult((), (None,), together, 1, cost)
+    monkeypatch.setattr(demo, "run_demo", lambda *_: result)
+    monkeypatch.setattr(options, "load_judge", lambda *_, **__: None)
+    report = tmp_path / "demo.json"
+    outcome = call("demo", "--json", report)
+    assert outcome.exit_code == 1
+    data = json.loads(report.read_text(), parse_constant=pytest.fail)
+    assert not data["exact"] and data["runs"][0]["largest_difference"] is None
 
 
 def test_bench_judge_writes_its_rows(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,23 @@ def test_pool_takes_back_blocks_that_were_never_written() -> None:
     cache.discard([b"a"])
     assert cache.lookup([b"a"]) == [] and cache.stats.bytes == 0
     assert cache.reserve(b"b") is not None
+
+
+def test_a_pool_that_was_half_allocated_is_allocated_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, zeros, calls = pool(2), torch.zeros, []
+
+    def runs_out(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("simulated")
+        return zeros(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.reserve(b"a")
+    assert cache.reserve(b"a") == 0
+    keys, values = cache.layer(0)
+    assert keys.shape == values.shape == (2 * BLOCK, 2, 4)
 
 
 def keys(

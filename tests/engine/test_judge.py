@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from arr_fast.engine.families import QwenVLAdapter
 from arr_fast.engine.model import load_model
 from arr_fast.engine.packed_linear import PackedLinear
-from arr_fast.errors import ArrFastError, PromptTooLongError, UnsupportedModelError
+from arr_fast.errors import (
+    ArrFastError,
+    BadPromptError,
+    PromptTooLongError,
+    UnsupportedModelError,
+    VerdictError,
+)
 from arr_fast.images import to_image
 from arr_fast.judge import Judge
 from arr_fast.rubric import Rubric
@@ -82,6 +87,40 @@ def test_one_bad_item_does_not_take_its_batch_down(judge: Judge) -> None:
     assert "images_b[0]" in str(judge.compare(["x"], [A], [nan], scenes.rubric(2)).errors[0])
 
 
+@pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray])
+def test_one_bad_image_of_a_batched_tensor_fails_alone(judge: Judge, kind: Any) -> None:
+    pixels = np.stack([A.pixels[:64, :96], B.pixels[:, :32].repeat(3, 1)]).transpose(0, 3, 1, 2)
+    batch = (pixels / 255).astype(np.float32)
+    batch[1, 0, 3, 3] = np.nan
+    mixed = judge.compare(["x", "y"], kind(batch), [B, B], scenes.rubric(3))
+    alone = judge.compare(["x"], kind(batch[:1]), [B], scenes.rubric(3))
+    assert mixed.status[1] == "error" and "images_a[1]: 1 of" in str(mixed.errors[1])
+    np.testing.assert_allclose(mixed.preference[0], alone.preference[0], atol=1e-4)
+    ranked = judge.rank(["x", "y"], [[A, B], kind(batch)], scenes.rubric(3))
+    assert ranked.pairs.status[0] != "error"
+    assert "groups[1][1]: 1 of" in str(ranked.pairs.errors[1])
+
+
+def test_one_image_in_place_of_a_list_is_refused(judge: Judge) -> None:
+    """Three grey planes for three prompts would be one answer to a question nobody asked."""
+    one = torch.rand(3, 64, 64)
+    with pytest.raises(ValueError, match=r"images_a .* \[3, 64, 64\]; wrap a single image"):
+        judge.compare(["x"] * 3, one, [B] * 3, scenes.rubric(1))
+    with pytest.raises(ValueError, match=r"groups\[0\] .* \[3, 64, 64\]"):
+        judge.rank(["x"], [one.numpy()], scenes.rubric(1))
+
+
+def test_text_that_is_not_unicode_fails_alone(judge: Judge) -> None:
+    broken = Rubric(name="r", criteria=[{"id": "c", "text": "It shows \udc80."}])
+    rubrics = [scenes.rubric(1), scenes.rubric(1), broken]
+    verdicts = judge.compare(["x", "a \ud800", "z"], [A] * 3, [B] * 3, rubrics)
+    assert [status == "error" for status in verdicts.status] == [False, True, True]
+    assert "prompts[1] holds a lone surrogate: '\\ud800' at character 2" in str(verdicts.errors[1])
+    assert "pair 2: criterion 'c'" in str(verdicts.errors[2])
+    with pytest.raises(BadPromptError, match=r"prompts\[0\]"):
+        judge.trace(["\ud800"], [A], [B], scenes.rubric(1))
+
+
 def test_a_prompt_over_the_context_is_named_with_its_length() -> None:
     short = Judge.from_pretrained(f"{MODEL[:-1]},max_positions=120]", device="cpu")
     verdicts = short.compare(["ok", "word " * 200], [A, A], [B, B], scenes.rubric(2, longest=3))
@@ -113,6 +152,37 @@ def test_bad_calls_are_refused(judge: Judge, arguments: dict[str, Any], message:
     arguments.setdefault("rubric", scenes.rubric(1))
     with pytest.raises(ValueError, match=message):
         judge.compare(**arguments)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(mode="holistic", aggregation="log_odds_mean"), 'needs criteria: mode="criteria"'),
+        (dict(aggregation="holistic"), 'mode="holistic"'),
+        (dict(aggregation="mean"), "unknown aggregation 'mean'; there are: log_odds_mean"),
+        (dict(aggregation="learned"), "needs learned_weights"),
+    ],
+)
+def test_a_rule_is_checked_before_anything_runs(
+    judge: Judge, options: dict[str, Any], message: str
+) -> None:
+    before = judge.stats()["forwards"]
+    with pytest.raises(VerdictError, match=message):
+        judge.compare(["x"], [A], [B], scenes.rubric(2), **options)
+    with pytest.raises(VerdictError, match=message):
+        judge.rank(["x"], [[A, B]], scenes.rubric(2), **options)
+    assert judge.stats()["forwards"] == before
+
+
+def test_a_rubric_may_be_a_path_and_theme_text_takes_the_task(judge: Judge, tmp_path: Path) -> None:
+    text, file = tmp_path / "r.txt", tmp_path / "r.yaml"
+    text.write_text("1. It is sharp.\n2. It is bright.\n")
+    scenes.rubric(2, task="edit").save(file)
+    for rubric in (text, str(text), file):
+        verdicts = judge.compare(["x"], [A], [B], rubric, sources=[A])
+        assert verdicts.preference.shape == (1, 2) and verdicts.status[0] != "error"
+    with pytest.raises(ValueError, match="needs source images"):
+        judge.compare(["x"], [A], [B], file)
 
 
 def test_a_group_needs_two_images(judge: Judge) -> None:
@@ -155,38 +225,6 @@ def test_a_changed_pixel_setting_or_weight_never_hits(own_judge: Judge) -> None:
     assert np.abs(other - base).max() > 1e-3
 
 
-def test_new_weights_are_used_at_once(own_judge: Judge, tmp_path: Path) -> None:
-    base = preference(own_judge)
-    source = Path(own_judge.engine.loaded.path)
-    state = load_file(source / "model.safetensors")
-    changed = {name: tensor * 1.05 for name, tensor in state.items()}
-    for file in source.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    own_judge.update_weights(tmp_path)
-    fresh = Judge.from_pretrained(tmp_path, device="cpu")
-    updated = preference(own_judge)
-    np.testing.assert_allclose(updated, preference(fresh), atol=1e-4)
-    assert np.abs(updated - base).max() > 1e-2
-    with pytest.raises(ValueError, match=r"missing tensor"):
-        own_judge.update_weights({"lm_head.weight": torch.zeros(1)})
-    np.testing.assert_allclose(preference(own_judge), updated, atol=1e-5)
-    with pytest.raises(ArrFastError, match="would lose them"):
-        own_judge.sleep(2)
-
-
-@pytest.mark.parametrize("level", [1, 2])
-def test_sleep_and_wake(own_judge: Judge, level: Any) -> None:
-    base = preference(own_judge)
-    own_judge.sleep(level)
-    assert own_judge.stats()["asleep"]
-    with pytest.raises(ArrFastError, match="call wake"):
-        preference(own_judge)
-    own_judge.wake()
-    own_judge.wake()
-    np.testing.assert_allclose(preference(own_judge), base, atol=1e-5)
-
-
 def test_budgets_hold_and_hits_are_reported() -> None:
     small = Judge.from_pretrained(
         MODEL, device="cpu", feature_cache_bytes=20_000, prefix_cache_bytes=1 << 16
@@ -219,6 +257,30 @@ def test_out_of_memory_splits_down_to_the_item(
     monkeypatch.setattr(own_judge.engine.runner, "run", _fails_for_long_rows)
     failed = own_judge.compare(prompts, left, right, scenes.rubric(2))
     assert set(failed.status) == {"error"} and "pair 0" in str(failed.errors[0])
+
+
+def test_an_image_that_never_fits_fails_its_own_items(
+    own_judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, encode = scenes.image(112, 168, 3), own_judge.engine.adapter.encode_images
+    expected = preference(own_judge)
+    own_judge.engine.clear_caches()
+
+    def limited(images: Any) -> Any:
+        if any(image == large for image in images):
+            raise torch.OutOfMemoryError("simulated")
+        return encode(images)
+
+    monkeypatch.setattr(own_judge.engine.adapter, "encode_images", limited)
+    prompts = ["p", "a caption", "q"]
+    verdicts = own_judge.compare(prompts, [large, A, B], [B, B, large], scenes.rubric(5))
+    assert [status == "error" for status in verdicts.status] == [True, False, True]
+    assert "pair 0" in str(verdicts.errors[0]) and "simulated" in str(verdicts.errors[2])
+    np.testing.assert_allclose(verdicts.preference[1], expected, atol=1e-4)
+    with pytest.raises(ArrFastError, match="pair 0"):
+        own_judge.trace(["p"], [large], [B], scenes.rubric(1))
+    with pytest.raises(torch.OutOfMemoryError):
+        own_judge.engine.image_features([large])
 
 
 def _fails_for_long_rows(*_: Any) -> Any:
@@ -272,6 +334,7 @@ def test_provenance_names_model_rubric_and_settings(judge: Judge) -> None:
     assert provenance.revision == judge.engine.loaded.revision
     assert provenance.rubric_hashes == (rubric.content_hash,)
     assert provenance.settings["dtype"] == "float32"
+    assert provenance.settings["adapter"] == "none"
 
 
 def test_a_fitted_calibration_is_applied(judge: Judge) -> None:
@@ -280,8 +343,28 @@ def test_a_fitted_calibration_is_applied(judge: Judge) -> None:
     revision = judge.engine.loaded.revision
     fitted = rubric.with_calibration(revision, "log_odds_mean", temperature=3.0, margin=1e6)
     verdicts = judge.compare(["x"], [A], [B], fitted)
-    assert (verdicts.temperature, verdicts.winner[0]) == (3.0, "tie")
+    assert (verdicts.temperature[0], verdicts.winner[0]) == (3.0, "tie")
     np.testing.assert_allclose(verdicts.probability, 1 / (1 + np.exp(-base.score / 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["log_odds_mean", "weighted_sum", "veto"])
+def test_each_pair_takes_the_calibration_of_its_own_rubric(judge: Judge, rule: Any) -> None:
+    revision, plain = judge.engine.loaded.revision, scenes.rubric(2)
+    rubrics = [
+        plain,
+        plain.with_calibration(revision, rule, temperature=3.0, margin=1e6),
+        plain.with_calibration(revision, rule, temperature=0.5, margin=0.0),
+    ]
+    options: Any = {"aggregation": rule, "inconsistent": "keep"}
+    together = judge.compare(["x"] * 3, [A] * 3, [B] * 3, rubrics, **options)
+    for number, rubric in enumerate(rubrics):
+        alone = judge.compare(["x"], [A], [B], rubric, **options)
+        np.testing.assert_allclose(together.probability[number], alone.probability[0], atol=1e-5)
+        assert together.winner[number] == alone.winner[0]
+        assert together.temperature[number] == alone.temperature[0]
+    assert together.winner[1] == "tie" and together.winner[0] != "tie"
+    assert together.to_json()["temperature"] is None
+    assert [pair["temperature"] for pair in together.to_json()["pairs"]] == [1.0, 3.0, 0.5]
 
 
 def test_label_mass_is_the_share_of_the_vocabulary(judge: Judge) -> None:

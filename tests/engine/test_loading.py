@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from arr_fast.bench.random_models import resolve_model
-from arr_fast.engine.model import directory_hash, resolve_device, resolve_dtype
+from arr_fast.engine.model import _revision_of, directory_hash, resolve_device, resolve_dtype
 from arr_fast.errors import ArrFastError
 from arr_fast.judge import Judge
 from arr_fast.replay import Replayer
@@ -57,9 +58,57 @@ def test_an_adapter_is_merged(adapter_directory: Path) -> None:
     adapted = Judge.from_pretrained(MODEL, device="cpu", adapter=adapter_directory)
     assert np.abs(verdicts(adapted) - verdicts(plain)).max() > 1e-2
     assert adapted.engine.loaded.revision.startswith(plain.engine.loaded.revision + "+")
+    provenance = adapted.compare(["x"], [A], [B], scenes.rubric(1)).provenance
+    assert provenance.settings["adapter"] == str(adapter_directory)
     replayer = Replayer.from_pretrained(resolve_model(MODEL), adapter=adapter_directory)
     for trace in adapted.trace(["a caption"], [A], [B], scenes.rubric(4)):
         assert abs(replayer.log_odds(trace) - trace.log_odds) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_pickled_weights_are_part_of_a_directorys_hash(tmp_path: Path, name: str) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"one")
+    before = directory_hash(tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(b"state")
+    (tmp_path / "training_args.bin").write_bytes(b"arguments")
+    assert directory_hash(tmp_path) == before
+    (tmp_path / name).write_bytes(b"two")
+    assert directory_hash(tmp_path) != before
+
+
+def test_an_adapter_of_the_hub_is_named_with_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    base = _revision_of("user/base", None, "main", None)
+    assert _revision_of("user/base", None, "main", "user/lora") == f"{base}+user/lora"
+    commit = "0123456789abcdef" * 2 + "01234567"
+    cached = tmp_path / "models--user--lora"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "snapshots" / commit / "adapter_config.json").write_text("{}")
+    assert _revision_of("user/base", None, "main", "user/lora") == f"{base}+user/lora@{commit}"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "random:qwen3_vl-tiny[layers=3,vision_depth=2,deepstack=1]",
+        "random:smolvlm-tiny",
+        "random:llava_onevision-tiny",
+    ],
+)
+def test_kept_image_features_hold_no_more_memory_than_they_count(model: str) -> None:
+    judge = Judge.from_pretrained(model, device="cpu")
+    shown = [scenes.image(64, 96, seed) for seed in range(3)]
+    for batch in (shown[:1], shown):
+        judge.engine.clear_caches()
+        judge.engine.image_features(batch)
+        for features in judge.engine.features_cache._entries.values():
+            tensors = (features.embeds, *features.deepstack)
+            assert features.nbytes == sum(t.untyped_storage().nbytes() for t in tensors) > 0
 
 
 def test_int8_weights_keep_most_verdicts() -> None:
@@ -138,3 +187,14 @@ def test_devices_and_dtypes_are_resolved_or_refused() -> None:
         assert resolve_device("auto") == cpu
         with pytest.raises(ArrFastError, match="CUDA is not available"):
             resolve_device("cuda")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", torch.device("cuda")])
+def test_a_gpu_is_the_one_current_where_the_judge_was_asked_for(
+    device: str | torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert resolve_device(device) == torch.device("cuda", 3)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert resolve_device("cpu") == torch.device("cpu")

@@ -24,7 +24,7 @@ from tests.serve.running import SlowJudge, assert_close, compare_body, pair, run
 def call(seed: int, criteria: int = 2, **options) -> CompareCall:
     a, b = pair(seed)
     rubrics = (scenes.rubric(criteria),)
-    chosen = PairOptions(**options).fitted(rubrics, "x")
+    chosen = PairOptions(**options)
     return CompareCall((f"scene {seed}",), (a,), (b,), None, rubrics, chosen)
 
 
@@ -127,7 +127,7 @@ def test_a_group_weighs_as_much_as_all_of_its_pairs():
 def test_errors_of_a_shared_call_name_the_item_of_its_own_request(judge, monkeypatch, kind):
     def asked(*prompts: str):
         (a, b), rubrics = pair(1), (scenes.rubric(1),) * len(prompts)
-        options = PairOptions().fitted(rubrics, "x")
+        options = PairOptions()
         firsts, seconds = (a,) * len(prompts), (b,) * len(prompts)
         if kind == "pair":
             return CompareCall(prompts, firsts, seconds, None, rubrics, options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arr_fast.rubric import Rubric
+from arr_fast.serve.calls import CompareCall, PairOptions
 from tests.engine import scenes
 from tests.serve.running import assert_close, b64, compare_body, pair
 
@@ -93,6 +94,27 @@ def test_a_fitted_temperature_is_applied_as_in_process(server, judge):
     answer = server.http.post("/v1/judge/compare", json=body).json()
     assert (answer["temperature"], answer["margin"]) == (3.0, 0.125)
     assert_close(answer, clean(judge.compare(["p"], [a], [b], rubric).to_json()))
+
+
+def test_fits_of_several_rubrics_are_each_applied_alone_and_in_company(judge):
+    """Pairs with fits of their own, in one request and merged with another."""
+    plain = scenes.rubric(2)
+    hot = plain.with_calibration(
+        judge.engine.loaded.revision, "log_odds_mean", temperature=3.0, margin=0.125
+    )
+
+    def asked(*rubrics):
+        columns = zip(*(pair(5 + n) for n in range(len(rubrics))), strict=True)
+        return CompareCall(("p",) * len(rubrics), *columns, None, rubrics, PairOptions())
+
+    calls = [asked(hot), asked(plain, hot), asked(plain)]
+    assert len({call.merge_key for call in calls}) == 1
+    merged = calls[0].run(judge, calls)
+    for call, answer in zip(calls, merged, strict=True):
+        alone = judge.compare(call.prompts, call.images_a, call.images_b, list(call.rubrics))
+        assert_close(json.loads(json.dumps(answer)), clean(alone.to_json()))
+    assert [answer["temperature"] for answer in merged] == [3.0, None, 1.0]
+    assert [each["margin"] for each in merged[1]["pairs"]] == [0.0, 0.125]
 
 
 BAD = {

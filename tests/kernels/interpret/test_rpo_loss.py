@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from arr_fast.ops.rpo_loss import rpo_loss, rpo_loss_backward_op, rpo_loss_op
+from arr_fast.ops.sde_step import StepCoefficients
 from tests.ops.rpo_cases import rpo_inputs
 from tests.ops.rpo_checks import check_loss, coefficients_of
 
@@ -62,6 +63,53 @@ def test_opcheck() -> None:
         rpo_loss_backward_op,
         (torch.ones(2), stats.detach(), *latents, step.x_scale, step.v_scale, "triton"),
     )
+
+
+@pytest.mark.parametrize("kl", ["latent_mean", "log_prob_diff"])
+def test_scalars_may_have_gaps_and_repeats(kl: str) -> None:
+    """Columns of tables, and one schedule step expanded over the batch."""
+    inputs = rpo_inputs((3, 130), torch.float32, 5, kind="sde")
+    step = coefficients_of("sde", 1)
+    repeated = StepCoefficients(*(getattr(step, n).expand(3) for n in step.__slots__))
+    tables = {n: torch.stack([inputs[n] + 9, inputs[n]], 1) for n in ("log_prob_old", "advantage")}
+    results = []
+    for impl in ("triton", "reference"):
+        v = inputs["v"].clone().requires_grad_()
+        result = rpo_loss(
+            v,
+            inputs["x"],
+            inputs["x_next"],
+            repeated,
+            log_prob_old=tables["log_prob_old"][:, 1],
+            advantage=tables["advantage"][:, 1],
+            clip_low=0.2,
+            clip_high=0.2,
+            beta=0.03,
+            kl=kl,
+            v_ref=inputs["v_ref"],
+            v_old=inputs["v_old"],
+            impl=impl,
+        )
+        weights = torch.tensor([[7.0, 0.5], [7.0, 1.0], [7.0, 2.0]])[:, 1]
+        grad = torch.autograd.grad(result.loss, v, weights)[0]
+        results.append((result.loss, result.log_prob, result.ratio, result.kl, grad))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_backward_reads_scalars_with_gaps() -> None:
+    inputs = rpo_inputs((3, 130), torch.float32, 5, kind="sde")
+    step = coefficients_of("sde", 3)
+    latents = [inputs[n] for n in ("v", "x", "x_next", "v_ref", "v_old")]
+    generator = torch.Generator().manual_seed(0)
+    stats = torch.randn(3, 7, generator=generator).T
+    columns = torch.stack([step.x_scale + 9, step.x_scale, step.v_scale], 1)
+    scalars = (columns[:, 1], columns[:, 2])
+    grad_loss = torch.randn(3, 2, generator=generator)[:, 1]
+    ours, exact = (
+        rpo_loss_backward_op(grad_loss, stats, *latents, *scalars, impl)
+        for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_equals_torch_with_sliced_latents() -> None:

@@ -40,6 +40,18 @@ def test_non_contiguous_latents() -> None:
     assert torch.equal(plain[0], strided[0]) and torch.equal(plain[1], strided[1])
 
 
+@pytest.mark.parametrize("seeded", [False, True])
+def test_scalars_may_have_gaps_and_repeats(seeded: bool) -> None:
+    x, v, noise = draw_latents((3, 200), torch.float32, 4, 3)
+    step = coefficients_of("sde", 3)
+    table = torch.stack([step.x_scale, step.v_scale], 1)
+    strided = StepCoefficients(table[:, 0], table[:, 1], step.std[1].expand(3), step.dt)
+    seed = torch.tensor([[5, 1], [2**40 + 1, 2], [-7, 3]])[:, 0]
+    drawn = {"seed": seed} if seeded else {"noise": noise}
+    ours, exact = (sde_step(x, v, strided, **drawn, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
 @triton.jit
 def _words_kernel(words_ptr, normal_ptr, seed_ptr, BLOCK: tl.constexpr):
     element = tl.arange(0, BLOCK)
