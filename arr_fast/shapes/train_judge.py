@@ -307,7 +307,10 @@ def main() -> None:
             plan = Plan(**resumed_plan(args.out / "state.pt", given, set(given) - {"seed"}))
     except ValueError as error:
         parser.error(str(error))
-    start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
+    try:
+        start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
+    except Interrupted as stop:
+        print(f"{stop}; go on with --resume")
 
 
 if __name__ == "__main__":
