@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from arr_fast.aggregation import AggregationName
-from arr_fast.errors import RubricError
+from arr_fast.errors import RubricError, VerdictError
 from arr_fast.images import CanonicalImage
+from arr_fast.judge_results import rule_of
 from arr_fast.rubric import Rubric, Task
 from arr_fast.serve.calls import CompareCall, PairOptions, RankCall, ScoreCall
 from arr_fast.serve.failures import BadRequestError
@@ -233,22 +234,21 @@ class CallBuilder:
 
     def _pair(self, request: _PairRequest, rubrics: tuple[Rubric, ...]) -> PairOptions:
         weights = request.learned_weights
-        if request.aggregation == "learned":
-            widths = {len(rubric.criteria) for rubric in rubrics}
-            if weights is None or widths != {len(weights)}:
+        try:
+            rule = rule_of(request.aggregation, request.mode, weights)
+        except VerdictError as error:
+            raise BadRequestError(str(error)) from None
+        if weights is not None:
+            if rule != "learned":
+                raise BadRequestError('learned_weights are for aggregation "learned" alone')
+            if {len(rubric.criteria) for rubric in rubrics} != {len(weights)}:
                 raise BadRequestError('"learned" needs one learned_weights entry per criterion')
-        elif weights is not None:
-            raise BadRequestError('learned_weights are for aggregation "learned" alone')
-        if request.aggregation == "holistic" and request.mode == "criteria":
-            raise BadRequestError('aggregation "holistic" needs mode "holistic" or "both"')
-        if request.mode == "holistic" and request.aggregation not in (None, "holistic"):
-            raise BadRequestError('mode "holistic" has no criteria to aggregate; use mode "both"')
         return PairOptions(
             orders=request.orders,
             mode=request.mode,
             label_mass=request.label_mass,
             label_mass_threshold=request.label_mass_threshold,
-            aggregation=request.aggregation,
+            aggregation=rule,
             temperature=request.temperature,
             margin=request.margin,
             inconsistent=request.inconsistent,

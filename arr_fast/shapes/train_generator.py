@@ -49,7 +49,7 @@ from arr_fast.shapes.optimise import Optimiser
 from arr_fast.shapes.parser import success
 from arr_fast.shapes.render import render
 from arr_fast.shapes.run_state import Curve, load_state, resumed_plan, save_state
-from arr_fast.shapes.workers import average_gradients, start
+from arr_fast.shapes.workers import Interrupted, average_gradients, start_or_say
 
 logger = logging.getLogger(__name__)
 CODE_PICTURES = 2000
@@ -108,10 +108,6 @@ class Plan:
         if of_all > self.begun_at:
             return of_all
         return self.begun_at + round(EARLIER * (self.steps - self.begun_at))
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT came; the state is on disk."""
 
 
 def fit_code(seed: int, layout: Layout = "columns", wrong: Wrong = "scene") -> PatchCode:
@@ -414,10 +410,8 @@ def main() -> None:
             plan = Plan(**given, begun_at=begun_at)
     except ValueError as error:
         parser.error(str(error))
-    try:
-        start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
-    except Interrupted as stop:
-        print(f"{stop}; go on with --resume")
+    parts = (args.out, plan, args.resume, args.init_from)
+    start_or_say(work, plan.workers, args.out / "meeting", *parts)
 
 
 if __name__ == "__main__":

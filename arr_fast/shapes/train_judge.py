@@ -28,7 +28,7 @@ from arr_fast.shapes.optimise import Optimiser
 from arr_fast.shapes.rows import BatchMaker
 from arr_fast.shapes.run_state import Curve, load_state, resumed_plan, save_state
 from arr_fast.shapes.tokenizer import build_tokenizer, domain_words
-from arr_fast.shapes.workers import average_gradients, start
+from arr_fast.shapes.workers import Interrupted, average_gradients, start_or_say
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,6 @@ PEAKS = {"vision": 1.0, "reading": 1.0, "judge": 0.6}
 # In stage 2 what stage 1 taught must last (at half speed it was gone after a hundred steps): words
 # and the tower move slowly, deepstack is new.
 SLOWER = (("deepstack", 1.0), ("visual", 0.1), ("embed_tokens", 0.05))
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT came; the state is on disk."""
 
 
 class Run:
@@ -307,10 +303,8 @@ def main() -> None:
             plan = Plan(**resumed_plan(args.out / "state.pt", given, set(given) - {"seed"}))
     except ValueError as error:
         parser.error(str(error))
-    try:
-        start(work, plan.workers, args.out / "meeting", args.out, plan, args.resume, args.init_from)
-    except Interrupted as stop:
-        print(f"{stop}; go on with --resume")
+    parts = (args.out, plan, args.resume, args.init_from)
+    start_or_say(work, plan.workers, args.out / "meeting", *parts)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,18 @@ import torch.multiprocessing as mp
 from torch import nn
 
 
+class Interrupted(Exception):
+    """SIGTERM or SIGINT came; the state is on disk."""
+
+
+def start_or_say(target: Callable[..., None], count: int, meeting: Path, *args: Any) -> None:
+    """`start` for a command line: an interruption ends in a line that says how to go on."""
+    try:
+        start(target, count, meeting, *args)
+    except Interrupted as stop:
+        print(f"{stop}; go on with --resume")
+
+
 def start(target: Callable[..., None], count: int, meeting: Path, *args: Any) -> None:
     """Runs `target(rank, *args)` as rank 0 here and in `count - 1` child processes.
 
@@ -57,6 +69,10 @@ def _join(
     )
     try:
         target(rank, *args)
+    except Interrupted:
+        # Every worker stops after the same step; the first one says so.
+        if rank == 0:
+            raise
     finally:
         dist.destroy_process_group()
 

@@ -17,8 +17,8 @@ from arr_fast.shapes.model import build_model
 from arr_fast.shapes.optimise import orthogonalise
 from arr_fast.shapes.run_state import Curve, load_state, save_state
 from arr_fast.shapes.tokenizer import build_tokenizer
-from arr_fast.shapes.train_judge import Interrupted, Plan, work
-from arr_fast.shapes.workers import start
+from arr_fast.shapes.train_judge import Plan, work
+from arr_fast.shapes.workers import Interrupted, start
 
 TINY = Plan(
     seed=3,
