@@ -210,7 +210,7 @@ class Updater:
             self.ema.restore(state["ema"])
         self.version, self.skipped = state["version"], Counter(state["skipped"])
         # The budget may have been read on another machine; the shapes decide the last bits.
-        if state["rows_of"] == self._rows_of():
+        if state.get("rows_of") == self._rows_of():
             self._rows = state["rows"]
 
     def _rows_of(self) -> list[float | None]:
