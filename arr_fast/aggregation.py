@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -28,6 +28,30 @@ AggregationName = Literal[
     "log_odds_mean", "log_odds_sum", "weighted_sum", "majority", "veto", "holistic", "learned"
 ]
 AGGREGATIONS: tuple[AggregationName, ...] = get_args(AggregationName)
+# What is read of each pair: a verdict per criterion, one for the whole rubric, or both.
+Mode = Literal["criteria", "holistic", "both"]
+
+
+def rule_of(
+    aggregation: AggregationName | None, mode: Mode, learned_weights: Any
+) -> AggregationName:
+    """The rule of a call: the one asked for, or that of the mode.
+
+    Raises:
+        VerdictError: An unknown rule, or one whose input the mode does not read.
+    """
+    if aggregation is None:
+        return "holistic" if mode == "holistic" else "log_odds_mean"
+    if aggregation not in AGGREGATIONS:
+        known = ", ".join(AGGREGATIONS)
+        raise VerdictError(f"unknown aggregation {aggregation!r}; there are: {known}")
+    if aggregation == "holistic" and mode == "criteria":
+        raise VerdictError('aggregation "holistic" needs the whole-rubric leaf: mode="holistic"')
+    if aggregation != "holistic" and mode == "holistic":
+        raise VerdictError(f'aggregation "{aggregation}" needs criteria: mode="criteria" or "both"')
+    if aggregation == "learned" and learned_weights is None:
+        raise VerdictError('aggregation "learned" needs learned_weights')
+    return aggregation
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from arr_fast.aggregation import AggregationName
+from arr_fast.aggregation import AggregationName, Mode, rule_of
 from arr_fast.engine.config import EngineConfig
 from arr_fast.engine.engine import Engine, LabelIds
 from arr_fast.engine.model import load_model
@@ -22,7 +22,6 @@ from arr_fast.engine.weights import WeightKeeper
 from arr_fast.errors import ArrFastError
 from arr_fast.judge_items import (
     Item,
-    Mode,
     Orders,
     RubricLike,
     check_choice,
@@ -30,7 +29,7 @@ from arr_fast.judge_items import (
     read_groups,
     read_items,
 )
-from arr_fast.judge_results import log_odds, pair_results, point_results, rule_of
+from arr_fast.judge_results import log_odds, pair_results, point_results
 from arr_fast.prompts import (
     PAIR_LABELS,
     POINT_LABELS,
@@ -325,8 +324,11 @@ class Judge:
             One trace per verdict: token ids, positions, images, label ids and log-odds.
 
         Raises:
+            ValueError: As in `compare`.
             ArrFastError: An item cannot be judged; traces have no error column.
         """
+        check_choice("orders", orders, ("both", "AB", "BA"))
+        check_choice("mode", mode, ("criteria", "holistic", "both"))
         legs: list[Leg]
         if images_b is None:
             items = read_items(prompts, {"images": images_a}, rubric, sources, "image")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from arr_fast.aggregation import Mode
 from arr_fast.errors import ArrFastError, BadPromptError, RubricError
 from arr_fast.images import CanonicalImage, to_image
 from arr_fast.prompts import Task, check_text, criterion_leaf, holistic_leaf
 from arr_fast.rubric import Rubric
 
 Orders = Literal["both", "AB", "BA"]
-Mode = Literal["criteria", "holistic", "both"]
 RubricLike = Rubric | Sequence[Rubric] | str | Path | None
 
 

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from arr_fast.aggregation import AGGREGATIONS, AggregationName
+from arr_fast.aggregation import AggregationName, Mode
 from arr_fast.engine.engine import PathResult
-from arr_fast.errors import VerdictError
-from arr_fast.judge_items import Item, Mode, Orders
+from arr_fast.judge_items import Item, Orders
 from arr_fast.provenance import Provenance
 from arr_fast.rubric import Criterion
 from arr_fast.verdicts import PairVerdicts, PointVerdicts, pair_verdicts, point_verdicts
@@ -85,28 +84,6 @@ def message_of(item: Item, result: Any) -> str | None:
     if error is None:
         return None
     return f"{item.name}: {error}" if item.name not in str(error) else str(error)
-
-
-def rule_of(
-    aggregation: AggregationName | None, mode: Mode, learned_weights: Any
-) -> AggregationName:
-    """The rule of a call: the one asked for, or that of the mode.
-
-    Raises:
-        VerdictError: An unknown rule, or one whose input the mode does not read.
-    """
-    if aggregation is None:
-        return "holistic" if mode == "holistic" else "log_odds_mean"
-    if aggregation not in AGGREGATIONS:
-        known = ", ".join(AGGREGATIONS)
-        raise VerdictError(f"unknown aggregation {aggregation!r}; there are: {known}")
-    if aggregation == "holistic" and mode == "criteria":
-        raise VerdictError('aggregation "holistic" needs the whole-rubric leaf: mode="holistic"')
-    if aggregation != "holistic" and mode == "holistic":
-        raise VerdictError(f'aggregation "{aggregation}" needs criteria: mode="criteria" or "both"')
-    if aggregation == "learned" and learned_weights is None:
-        raise VerdictError('aggregation "learned" needs learned_weights')
-    return aggregation
 
 
 def pair_results(

@@ -37,8 +37,9 @@ from arr_fast.errors import ArrFastError
 from arr_fast.evals.intervals import resample_weights
 from arr_fast.integrations.rpo_reward import build_rewards
 from arr_fast.rpo.building import build_evaluation_schedule, build_policy
-from arr_fast.rpo.config import JudgeConfig, RunConfig, preset_config, read_config
+from arr_fast.rpo.config import RunConfig, preset_config, read_config
 from arr_fast.rpo.generation import generate_images
+from arr_fast.rpo.judge_config import JudgeConfig
 from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
 from arr_fast.rpo.metrics import sample_grid
 from arr_fast.rpo.policies.base import Policy

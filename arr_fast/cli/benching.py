@@ -143,10 +143,10 @@ def rpo(
         judge = None
         if judge_model is not None:
             from arr_fast.integrations.rpo_reward import build_rewards
-            from arr_fast.rpo.config import JudgeConfig
+            from arr_fast.rpo.judge_config import JudgeConfig, JudgeOptions
 
             # The generator is untrained: orders disagree, and the mean of both decides.
-            options = {"inconsistent": "keep"}
+            options = JudgeOptions(inconsistent="keep")
             section = JudgeConfig(model=judge_model, device="cpu", options=options)
             judge = build_rewards({"rubric": section}, [])[0]["rubric"]
         run_rpo_bench(

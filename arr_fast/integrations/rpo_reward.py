@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from arr_fast.errors import ConfigError
-from arr_fast.rpo.config import JudgeConfig
 from arr_fast.rpo.evaluation import load_callable
+from arr_fast.rpo.judge_config import JudgeConfig
 from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
 from arr_fast.rpo.prompts import Prompt
 from arr_fast.rubric import Rubric
@@ -240,12 +240,11 @@ def _comparer(section: JudgeConfig, device: str) -> Comparer:
         from arr_fast.serve.client import JudgeClient
 
         client = JudgeClient(section.url, timeout_s=section.timeout_s)
-        return RemoteComparer(client, section.orders, section.options)
+        return RemoteComparer(client, section.orders, section.options.arguments())
     from arr_fast.judge import Judge
 
-    device = device if section.device == "auto" else section.device
-    judge = Judge.from_pretrained(section.model, device=device, dtype=section.dtype)
-    return LocalComparer(judge, section.orders, section.options)
+    judge = Judge.from_pretrained(**section.loading(device))
+    return LocalComparer(judge, section.orders, section.options.arguments())
 
 
 def _of_two(pair: PairJson) -> PairJson:

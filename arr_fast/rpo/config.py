@@ -11,27 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from arr_fast.errors import ConfigError
 from arr_fast.ops.rpo_loss import KLForm
 from arr_fast.ops.sde_step import StepKind
+from arr_fast.rpo.judge_config import JudgeConfig
 from arr_fast.rpo.presets import PRESETS
+from arr_fast.rpo.section import Count, NonNegative, Positive, Section
 
 PolicyKind = Literal["shapes", "flux", "sd3", "qwen_edit"]
 Preset = Literal["paper", "recommended"]
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """A LoRA adapter; the reference policy is the model with the adapter disabled.
 
     Attributes:
@@ -44,7 +37,7 @@ class LoraConfig(_Section):
     targets: tuple[str, ...] | None = None
 
 
-class PolicyConfig(_Section):
+class PolicyConfig(Section):
     """The generator.
 
     Attributes:
@@ -75,7 +68,7 @@ class PolicyConfig(_Section):
     offload: bool = False
 
 
-class SamplerConfig(_Section):
+class SamplerConfig(Section):
     """The trajectory: schedule, noise, and which of its steps are trained.
 
     Attributes:
@@ -112,7 +105,7 @@ class SamplerConfig(_Section):
         return self
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """The objective of eq. 12 and 13.
 
     Attributes:
@@ -154,7 +147,7 @@ class LossConfig(_Section):
         return self.clip_nats / elements
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """One iteration's sampling.
 
     Attributes:
@@ -183,51 +176,7 @@ class RolloutConfig(_Section):
         return self
 
 
-class JudgeConfig(_Section):
-    """One reward.
-
-    Attributes:
-        model: "builtin:shapes", a directory or hub id for an in-process judge.
-        url: A judge server instead, for example "http://10.0.0.5:8077".
-        call: Or "package.module:factory"; factory() returns the callable of
-            arr_fast.rpo.judging.SubmitJudge.
-        device: Of an in-process judge; "auto", "cpu", "cuda:1".
-        dtype: Of an in-process judge.
-        rubric: A packaged rubric or a file, for prompts that bring none; None takes the default of
-            the task.
-        orders: "both" removes position bias.
-        options: More arguments of Judge.compare, for example {aggregation: veto}.
-        sleep: Put an in-process judge to sleep while the policy trains, to give its memory back.
-        weight, required, veto, threshold: Its part in a mixture; see
-            arr_fast.rpo.advantages.RewardSpec.
-        max_failure_share: The run stops when a larger share of an iteration's pairs failed.
-        timeout_s: Seconds to wait for an answer once sampling has ended.
-    """
-
-    model: str = "builtin:shapes"
-    url: str | None = None
-    call: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    rubric: str | None = "shapes"
-    orders: Literal["both", "AB", "BA"] = "both"
-    options: dict[str, Any] = Field(default_factory=dict)
-    sleep: bool = False
-    weight: Positive = 1.0
-    required: bool = True
-    veto: bool = False
-    threshold: float = 0.5
-    max_failure_share: Share = 0.25
-    timeout_s: Positive = 600.0
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if self.url is not None and self.call is not None:
-            raise ValueError("give url or call, not both")
-        return self
-
-
-class OptimiserConfig(_Section):
+class OptimiserConfig(Section):
     """AdamW.
 
     Attributes:
@@ -247,7 +196,7 @@ class OptimiserConfig(_Section):
     schedule: Literal["constant", "cosine"] = "constant"
 
 
-class EmaConfig(_Section):
+class EmaConfig(Section):
     """An exponential moving average of the trained parameters only.
 
     Attributes:
@@ -259,7 +208,7 @@ class EmaConfig(_Section):
     every: Count = 1
 
 
-class PromptsConfig(_Section):
+class PromptsConfig(Section):
     """Where prompts come from.
 
     Attributes:
@@ -282,7 +231,7 @@ class PromptsConfig(_Section):
     rest: Count = 2
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Held-out evaluation at fixed seeds, by something other than the reward.
 
     Attributes:
@@ -309,7 +258,7 @@ class EvaluationConfig(_Section):
     grid: Annotated[int, Field(ge=0)] = 8
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """Checkpoints.
 
     Attributes:
@@ -321,7 +270,7 @@ class CheckpointConfig(_Section):
     keep: Count = 2
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run.
 
     Attributes:

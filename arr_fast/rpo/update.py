@@ -62,9 +62,7 @@ class Updater:
             weight_decay=section.weight_decay,
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._lr_factor)
-        self.ema = None
-        if config.ema is not None:
-            self.ema = ParameterEma(self.parameters, config.ema.decay, config.ema.every)
+        self.ema = self._make_ema()
         self.elements = math.prod(policy.latent_shape)
         self.objective = build_objective(config, self.elements)
         self._step = TrainStep(policy, self.objective, compile=config.compiles_whole)
@@ -206,12 +204,20 @@ class Updater:
         for group in self.optimiser.param_groups:
             group |= {"lr": rate, "initial_lr": section.lr, "betas": section.betas}
             group |= {"eps": section.eps, "weight_decay": section.weight_decay}
+        # Where the checkpoint has no averages, they start from its weights.
+        self.ema = self._make_ema()
         if self.ema is not None and state["ema"] is not None:
             self.ema.restore(state["ema"])
         self.version, self.skipped = state["version"], Counter(state["skipped"])
         # The budget may have been read on another machine; the shapes decide the last bits.
         if state.get("rows_of") == self._rows_of():
             self._rows = state["rows"]
+
+    def _make_ema(self) -> ParameterEma | None:
+        section = self._config.ema
+        if section is None:
+            return None
+        return ParameterEma(self.parameters, section.decay, section.every)
 
     def _rows_of(self) -> list[float | None]:
         """What the number of rows follows from."""

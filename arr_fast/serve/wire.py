@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from arr_fast.aggregation import AggregationName
+from arr_fast.aggregation import AggregationName, rule_of
 from arr_fast.errors import RubricError, VerdictError
 from arr_fast.images import CanonicalImage
-from arr_fast.judge_results import rule_of
 from arr_fast.rubric import Rubric, Task
 from arr_fast.serve.calls import CompareCall, PairOptions, RankCall, ScoreCall
 from arr_fast.serve.failures import BadRequestError

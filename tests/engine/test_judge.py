@@ -327,6 +327,12 @@ def test_traces_hold_the_evidence(judge: Judge) -> None:
         assert tokens == "12"
 
 
+@pytest.mark.parametrize("option", ["orders", "mode"])
+def test_a_trace_of_an_unknown_kind_is_refused(judge: Judge, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be one of"):
+        judge.trace(["x"], [A], [B], scenes.rubric(1), **{option: "all"})
+
+
 def test_provenance_names_model_rubric_and_settings(judge: Judge) -> None:
     rubric = scenes.rubric(2)
     provenance = judge.compare(["x"], [A], [B], rubric).provenance

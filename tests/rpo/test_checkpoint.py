@@ -262,6 +262,17 @@ def test_what_the_configuration_says_of_the_optimizer_holds_after_resume(tmp_pat
     assert trainer.updater.state()["rows"] == 4
 
 
+def test_averages_that_a_checkpoint_lacks_start_from_its_weights(tmp_path):
+    quiet = {"evaluation": {"every": None}, "checkpoint": {"every": 2}}
+    trained(toy_config(tmp_path, iterations=2, ema=None, **quiet))
+    trainer = Trainer(toy_config(tmp_path, iterations=3, **quiet), toy_parts())
+    trainer.resume(latest_checkpoint(tmp_path))
+    weights = {n: p.detach().clone() for n, p in trainer.updater.parameters.items()}
+    assert any(bool(w.any()) for w in weights.values())
+    with trainer.updater.ema.applied():
+        assert all(torch.equal(p, weights[n]) for n, p in trainer.updater.parameters.items())
+
+
 def test_an_older_checkpoint_taken_up_again_is_not_overtaken_by_the_later_ones(tmp_path, caplog):
     settings = {"checkpoint": {"every": 2, "keep": 2}, "evaluation": {"every": None}}
     trained(toy_config(tmp_path, iterations=6, **settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
@@ -21,9 +22,11 @@ from arr_fast.integrations.rpo_reward import (
     build_rewards,
     judgement_of,
 )
+from arr_fast.judge import Judge
 from arr_fast.provenance import Provenance
-from arr_fast.rpo.config import JudgeConfig, PromptsConfig
+from arr_fast.rpo.config import PromptsConfig, preset_config, read_config
 from arr_fast.rpo.evaluation import diverges
+from arr_fast.rpo.judge_config import JudgeConfig
 from arr_fast.rpo.judging import JudgeRequest
 from arr_fast.rpo.prompts import Prompt, PromptWalk, load_prompts, source_images
 from arr_fast.verdicts import group_verdicts, pair_verdicts
@@ -178,13 +181,46 @@ def test_a_judgement_cancelled_too_late_ends_in_silence(caplog):
 def test_judges_without_a_device_take_the_one_of_their_process(monkeypatch):
     asked = []
 
-    def load(model, *, device, dtype):
+    def load(model, *, device, **other):
         asked.append(device)
 
     monkeypatch.setattr("arr_fast.judge.Judge.from_pretrained", load)
     judges = {"own": JudgeConfig(), "named": JudgeConfig(device="cuda:1")}
     build_rewards(judges, [], device="cuda:3")
     assert asked == ["cuda:3", "cuda:1"]
+
+
+def test_a_judge_is_loaded_and_asked_as_configured(monkeypatch, tmp_path):
+    loaded, asked = {}, {}
+
+    class Recorder(FixedJudge):
+        def submit(self, method, *arguments, **options):
+            asked.update(options)
+            return super().submit(method, *arguments, **options)
+
+    def load(**arguments):
+        inspect.signature(Judge.from_pretrained).bind(**arguments)
+        loaded.update(arguments)
+        return Recorder(pair_verdicts([[1.0]] * 3, [[-1.0]] * 3, provenance=SOURCE))
+
+    config = preset_config(
+        judges={
+            "rubric": {
+                **{"model": "m", "revision": "r2", "adapter": "lora", "quantization": "int8"},
+                "engine": {"compile": True, "prefix_cache": "images"},
+                "options": {"aggregation": "veto", "margin": 0.5},
+            }
+        }
+    )
+    config.save(tmp_path / "run.yaml")
+    monkeypatch.setattr("arr_fast.judge.Judge.from_pretrained", load)
+    rewards, _, _ = build_rewards(read_config(tmp_path / "run.yaml").judges, [], device="cpu")
+    assert loaded == {
+        **{"model": "m", "device": "cpu", "dtype": "auto", "revision": "r2", "adapter": "lora"},
+        **{"quantization": "int8", "compile": True, "prefix_cache": "images"},
+    }
+    assert bool((rewards["rubric"](request()).result().wins[:, 0, 1] == 1).all())
+    assert asked == {"orders": "both", "aggregation": "veto", "margin": 0.5, "sources": None}
 
 
 def test_a_file_of_prompts_is_read_whole(tmp_path):
