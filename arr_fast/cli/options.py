@@ -28,6 +28,7 @@ OrdersChoice = Literal["both", "AB", "BA"]
 ModeChoice = Literal["criteria", "holistic", "both"]
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationChoice = Literal["none", "int8", "fp8"]
+CompileChoice = Literal["off", "auto", "on"]
 
 Model = Annotated[str, typer.Option(help="builtin:shapes, a directory, or a hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
@@ -36,6 +37,9 @@ Dtype = Annotated[DtypeChoice, typer.Option(help="auto: float32 on a CPU, bfloat
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Impl = Annotated[str, typer.Option(help="auto, torch, triton, flash, xformers or reference.")]
 Quantization = Annotated[QuantizationChoice, typer.Option(help="Linear weights, by torchao.")]
+Compile = Annotated[
+    CompileChoice, typer.Option(help="Decoder layers; auto: where a C++ compiler is found.")
+]
 RubricName = Annotated[
     str | None, typer.Option("--rubric", help="A file, or the name of a packaged rubric.")
 ]
@@ -89,12 +93,14 @@ class JudgeChoice:
     device: Device = "auto"
     impl: Impl = "auto"
     quantization: Quantization = "none"
+    compile: Compile = "off"
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `Judge.from_pretrained`."""
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.quantization == "none":
             del named["quantization"]
+        named["compile"] = {"off": False, "on": True}.get(self.compile, self.compile)
         return named
 
 

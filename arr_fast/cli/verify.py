@@ -45,6 +45,7 @@ def verify(
     ] = "float32",
     device: opt.Device = "auto",
     impl: opt.Impl = "auto",
+    compile: opt.Compile = "off",
     json_path: opt.JsonPath = None,
 ) -> None:
     """Replay a sample of verdicts with plain transformers; exit 1 above the tolerance."""
@@ -61,6 +62,7 @@ def verify(
                 dtype=dtype,
                 device=device,
                 impl=impl,
+                compile=compile,
             )
         )
         traces = _sample(_traces(judge, pairs, opt.RubricBook(rubric, model), n), n)

@@ -11,6 +11,7 @@ import torch
 from arr_fast.engine.model import LoadedModel
 from arr_fast.engine.packed_linear import AUTO_LIMIT, can_pack, linear_bytes
 from arr_fast.engine.planner import PrefixCacheMode
+from arr_fast.errors import ConfigError
 
 logger = logging.getLogger("arr_fast")
 
@@ -55,12 +56,16 @@ class EngineConfig:
 
 
 def resolve_compile(choice: bool | str, device: torch.device) -> bool:
-    """Whether to compile; "auto" says why not."""
+    """Whether to compile; "auto" says why not.
+
+    Raises:
+        ConfigError: True on a CPU without a C++ compiler.
+    """
     if choice is False:
         return False
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         if choice is True:
-            raise RuntimeError("compile=True needs a C++ compiler (g++ or clang++) on a CPU")
+            raise ConfigError("compile=True needs a C++ compiler (g++ or clang++) on a CPU")
         logger.warning("compile=auto: no C++ compiler found, running eager")
         return False
     return True

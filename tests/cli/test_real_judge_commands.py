@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from arr_fast import demo
 from arr_fast.cli import app, options
 from arr_fast.data.items import InputItem
+from arr_fast.errors import ArrFastError
 from arr_fast.judge import Judge
 from arr_fast.provenance import Provenance
 from arr_fast.report import ReportSection, render_report
@@ -54,6 +55,33 @@ def test_verify_passes_and_reports(folder):
     assert {v["item"] for v in data["verdicts"]} == {0, 1}
     # A difference is worth something only where the log-odds are not all near zero.
     assert np.std([v["engine"] for v in data["verdicts"]]) > 0.3
+
+
+@pytest.mark.compile
+def test_verify_holds_for_compiled_layers(folder):
+    result = call(
+        *("verify", folder / "pairs.jsonl", "--model", MODEL, "--n", 6, "--compile", "on"),
+        *("--json", folder / "compiled.json"),
+    )
+    assert result.exit_code == 0, result.output
+    assert 0 < json.loads((folder / "compiled.json").read_text())["largest_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "compiles"), [([], False), (["auto"], "auto"), (["on"], True)]
+)
+def test_commands_say_what_is_compiled(folder, monkeypatch, arguments, compiles):
+    asked = []
+
+    def load(**options):
+        asked.append(options)
+        raise ArrFastError("enough")
+
+    monkeypatch.setattr(Judge, "from_pretrained", load)
+    for command in (["compare", folder / "pairs.jsonl"], ["verify", folder / "pairs.jsonl"]):
+        result = call(*command, "--model", MODEL, *(["--compile", *arguments] if arguments else []))
+        assert result.exit_code == 1 and "enough" in result.stderr
+    assert [options["compile"] for options in asked] == [compiles, compiles]
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from arr_fast.bench.random_models import resolve_model
 from arr_fast.engine.model import _revision_of, directory_hash, resolve_device, resolve_dtype
-from arr_fast.errors import ArrFastError
+from arr_fast.errors import ArrFastError, ConfigError
 from arr_fast.judge import Judge
 from arr_fast.replay import Replayer
 from tests.engine import scenes
@@ -124,6 +124,17 @@ def test_int8_weights_keep_most_verdicts() -> None:
         small.update_weights({})
     with pytest.raises(ValueError, match="quantization must be one of"):
         Judge.from_pretrained(MODEL, device="cpu", quantization="int3")  # type: ignore[arg-type]
+
+
+def test_without_a_compiler_auto_says_so_and_true_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("arr_fast.engine.config.shutil.which", lambda name: None)
+    judge = Judge.from_pretrained(MODEL, device="cpu", compile="auto")
+    assert judge.stats()["compiled"] is False
+    assert "no C++ compiler found" in caplog.text
+    with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
+        Judge.from_pretrained(MODEL, device="cpu", compile=True)
 
 
 @pytest.mark.compile
