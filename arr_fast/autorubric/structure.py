@@ -201,18 +201,22 @@ def _by_writer(
     if not isinstance(reply, TextReply):
         raise reply
     answer = parse_themes_answer(reply, len(candidates))
-    found: list[StructuredCriterion] = []
+    by_form: dict[str, StructuredCriterion] = {}
+    behind: dict[str, dict[str, Candidate]] = defaultdict(dict)
     notes: list[str] = []
-    seen: set[str] = set()
     for theme in answer.themes:
         for merged in theme.criteria:
             sources = [candidates[n - 1] for n in dict.fromkeys(merged.sources)]
             text = _acceptable(merged.text, sources, outcomes, settings.general)
             if text != merged.text:
                 notes.append(f"{merged.text!r} became {text!r}: merged texts stay general")
-            if normal_form(text) not in seen:
-                seen.add(normal_form(text))
-                found.append(_merged(text, theme.theme, merged.level, sources))
+            form = normal_form(text)
+            behind[form] |= {source.text: source for source in sources}
+            # A text that comes again adds its sources to the first.
+            first = by_form.get(form) or StructuredCriterion(text, theme.theme, merged.level, (), 0)
+            all_sources = list(behind[form].values())
+            by_form[form] = _merged(first.text, first.theme, first.level, all_sources)
+    found = list(by_form.values())
     if not found:
         raise AnswerError("no criterion in the structure", reply.text)
     # A stable sort keeps the writer's order of themes within a level.

@@ -295,6 +295,26 @@ def test_criteria_that_few_pairs_support_take_no_place_from_others() -> None:
         assert (found.method, found.texts) == ("writer", (kept,))
 
 
+def test_a_text_that_the_writer_repeats_keeps_all_of_its_sources() -> None:
+    texts = {0: ["It is sharp."], 1: ["Edges are crisp."], 2: ["Edges are crisp."]}
+    outcomes = outcomes_with(texts)
+    themes = [
+        {"theme": name, "criteria": [{"text": text, "level": level, "sources": [source]}]}
+        for name, text, level, source in (
+            ("Craft", "Nothing is blurred.", "fine", 2),
+            ("Focus", "nothing is blurred", "coarse", 1),
+        )
+    ]
+    one = loop(lambda _: json.dumps({"themes": themes}), name="default")
+    often = SETTINGS.model_copy(update={"min_support": 3})
+    found = structure(
+        candidates_of(outcomes, range(3)), outcomes, "t2i", often, one.writer, one.templates
+    )
+    (only,) = found.criteria
+    assert (only.text, only.theme, only.level) == ("Nothing is blurred.", "Craft", "fine")
+    assert only.support == 3 and set(only.sources) == {"It is sharp.", "Edges are crisp."}
+
+
 def test_a_judge_that_agrees_with_no_label_gives_no_rubric() -> None:
     class Contrary(OracleJudge):
         def _odds(self, prompt, a, b, text):
