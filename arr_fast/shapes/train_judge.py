@@ -59,7 +59,7 @@ class Plan:
     reading_steps: int = 400
     reading_rows: int = 3
     judge_steps: int = 2200
-    whole_steps: int = 5000
+    whole_steps: int = 11500
     whole_peak: float = 0.5
     judge_rows: int = 5
     workers: int = 2
