@@ -187,13 +187,14 @@ def _warn_of_changes(settings: RunConfig, saved: Path) -> None:
 
 def build_parts(settings: RunConfig) -> Parts:
     """Loads everything that a run's configuration names."""
-    from arr_fast.integrations.rpo_reward import build_rewards
+    from arr_fast.integrations.rpo_reward import build_rewards, check_engines
     from arr_fast.rpo.building import build_policy
     from arr_fast.rpo.evaluation import load_callable
     from arr_fast.rpo.prompts import load_prompts
     from arr_fast.rpo.trainer import Parts
 
     section, held = settings.prompts, settings.evaluation
+    check_engines(settings.judges)
     prompts = load_prompts(section.source, count=section.count, seed=section.seed)
     held_out = []
     if held.every is not None:

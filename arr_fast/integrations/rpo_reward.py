@@ -10,6 +10,8 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
@@ -197,6 +199,27 @@ def judgement_of(groups: Sequence[Sequence[PairJson]], size: int) -> Judgement:
     )
 
 
+def check_engines(judges: Mapping[str, JudgeConfig]) -> None:
+    """Checks the engine settings of in-process judges before anything is loaded.
+
+    Raises:
+        ConfigError: A name or value that `EngineConfig` does not know; says whose.
+    """
+    from arr_fast.engine.config import EngineConfig
+
+    known = [field.name for field in fields(EngineConfig)]
+    for name, section in judges.items():
+        for key in section.engine:
+            if key not in known:
+                close = get_close_matches(key, known, 1)
+                meant = f" (did you mean {close[0]}?)" if close else ""
+                raise ConfigError(f"judges.{name}.engine: unknown key {key}{meant}")
+        try:
+            EngineConfig(**section.engine)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"judges.{name}.engine: {error}") from None
+
+
 def build_rewards(
     judges: Mapping[str, JudgeConfig], prompts: Sequence[Prompt], *, device: str = "auto"
 ) -> tuple[dict[str, SubmitJudge], list[RubricReward], str]:
@@ -211,9 +234,10 @@ def build_rewards(
         (judges, those that sleep while the policy trains, hash over all rubrics).
 
     Raises:
-        ConfigError: A factory that returns nothing callable.
+        ConfigError: A factory that returns nothing callable; see also `check_engines`.
         ArrFastError: A judge that cannot be loaded or reached.
     """
+    check_engines(judges)
     found: dict[str, SubmitJudge] = {}
     sleepers: list[RubricReward] = []
     digest = hashlib.sha256()

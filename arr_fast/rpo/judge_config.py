@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from difflib import get_close_matches
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from arr_fast.aggregation import AggregationName, Mode, rule_of
 from arr_fast.rpo.section import NonNegative, Positive, Section, Share
@@ -51,7 +49,8 @@ class JudgeConfig(Section):
         dtype: Of an in-process judge.
         revision, adapter, quantization: Of an in-process judge; see Judge.from_pretrained.
         engine: Of an in-process judge, fields of arr_fast.engine.config.EngineConfig, for example
-            {compile: true, prefix_cache: images}.
+            {compile: true, prefix_cache: images}; see
+            arr_fast.integrations.rpo_reward.check_engines.
         rubric: A packaged rubric or a file, for prompts that bring none; None takes the default of
             the task.
         orders: "both" removes position bias.
@@ -82,21 +81,6 @@ class JudgeConfig(Section):
     threshold: float = 0.5
     max_failure_share: Share = 0.25
     timeout_s: Positive = 600.0
-
-    @field_validator("engine")
-    @classmethod
-    def _is_engine(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if given:
-            from arr_fast.engine.config import EngineConfig
-
-            known = [field.name for field in dataclasses.fields(EngineConfig)]
-            for name in given:
-                if name not in known:
-                    close = get_close_matches(str(name), known, 1)
-                    meant = f" (did you mean {close[0]}?)" if close else ""
-                    raise ValueError(f"unknown key {name}{meant}")
-            EngineConfig(**given)
-        return given
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

@@ -80,12 +80,6 @@ def test_the_resolved_config_reads_back_equal(tmp_path, preset):
         ("judges: {a: {options: {margin: -1}}}", r"judges.a.options.margin: .* \(got -1\)"),
         ("judges: {a: {options: {aggregation: holistic}}}", "needs the whole-rubric leaf"),
         ("judges: {a: {options: {aggregation: learned}}}", "needs learned_weights"),
-        (
-            "judges: {a: {engine: {prefix_cash: off}}}",
-            r"judges.a.engine: unknown key prefix_cash \(did you mean prefix_cache\?\)",
-        ),
-        ("judges: {a: {engine: {prefix_cache: all}}}", "prefix_cache must be off, text or images"),
-        ("judges: {a: {engine: {device: cpu}}}", "judges.a.engine: unknown key device"),
         ("judges: {a: {url: 'http://x', adapter: b}}", "adapter is for a judge in this process"),
         ("judges: {a: {call: 'a:b', engine: {compile: true}}}", "engine is for a judge in this"),
         ("judges: {a: {quantization: int3}}", "judges.a.quantization: .*'int8' or 'fp8'"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from arr_fast.cli.training import build_parts
 from arr_fast.errors import ConfigError
 from arr_fast.integrations.rpo_reward import (
     LocalComparer,
@@ -221,6 +222,26 @@ def test_a_judge_is_loaded_and_asked_as_configured(monkeypatch, tmp_path):
     }
     assert bool((rewards["rubric"](request()).result().wins[:, 0, 1] == 1).all())
     assert asked == {"orders": "both", "aggregation": "veto", "margin": 0.5, "sources": None}
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"prefix_cash": "off"}, r"unknown key prefix_cash \(did you mean prefix_cache\?\)"),
+        ({"prefix_cache": "all"}, "prefix_cache must be off, text or images"),
+        ({"device": "cpu"}, "unknown key device"),
+        ({"max_batch_rows": "many"}, "max_batch_rows|not supported between"),
+    ],
+)
+def test_bad_engine_settings_are_refused_before_anything_is_loaded(monkeypatch, engine, message):
+    def load(*arguments, **options):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("arr_fast.rpo.building.build_policy", load)
+    monkeypatch.setattr("arr_fast.judge.Judge.from_pretrained", load)
+    config = preset_config(judges={"a": {"engine": engine}})
+    with pytest.raises(ConfigError, match=rf"judges\.a\.engine: .*({message})"):
+        build_parts(config)
 
 
 def test_a_file_of_prompts_is_read_whole(tmp_path):
