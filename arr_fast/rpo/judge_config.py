@@ -49,7 +49,7 @@ class JudgeConfig(Section):
         dtype: Of an in-process judge.
         revision, adapter, quantization: Of an in-process judge; see Judge.from_pretrained.
         engine: Of an in-process judge, fields of arr_fast.engine.config.EngineConfig, for example
-            {compile: true, prefix_cache: images}; see
+            {compile: true, prefix_cache: "off"} (YAML reads off without quotes as false); see
             arr_fast.integrations.rpo_reward.check_engines.
         rubric: A packaged rubric or a file, for prompts that bring none; None takes the default of
             the task.
