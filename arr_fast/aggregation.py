@@ -38,8 +38,11 @@ def rule_of(
     """The rule of a call: the one asked for, or that of the mode.
 
     Raises:
-        VerdictError: An unknown rule, or one whose input the mode does not read.
+        VerdictError: An unknown rule, one whose input the mode does not read, or weights that the
+            rule does not take.
     """
+    if learned_weights is not None and aggregation != "learned":
+        raise VerdictError('learned_weights are for aggregation "learned" alone')
     if aggregation is None:
         return "holistic" if mode == "holistic" else "log_odds_mean"
     if aggregation not in AGGREGATIONS:

@@ -25,6 +25,7 @@ from arr_fast.judge_items import (
     Orders,
     RubricLike,
     check_choice,
+    check_reading,
     leaves_of,
     read_groups,
     read_items,
@@ -170,8 +171,7 @@ class Judge:
             ValueError: Lists of different lengths, an empty prompt, an unknown option.
             VerdictError: A rule whose input the mode does not read.
         """
-        check_choice("orders", orders, ("both", "AB", "BA"))
-        check_choice("mode", mode, ("criteria", "holistic", "both"))
+        check_reading(orders, mode)
         rule = rule_of(aggregation, mode, learned_weights)
         columns = {"images_a": images_a, "images_b": images_b}
         items = read_items(prompts, columns, rubric, sources, "pair")
@@ -254,8 +254,7 @@ class Judge:
             ValueError: Lists of different lengths, an empty prompt, a group of one.
             VerdictError: A rule whose input the mode does not read.
         """
-        check_choice("orders", orders, ("both", "AB", "BA"))
-        check_choice("mode", mode, ("criteria", "holistic", "both"))
+        check_reading(orders, mode)
         rule = rule_of(options.pop("aggregation", None), mode, options.get("learned_weights"))
         items = read_groups(prompts, groups, rubric, sources)
         sizes = [len(group) for group in groups]
@@ -327,8 +326,7 @@ class Judge:
             ValueError: As in `compare`.
             ArrFastError: An item cannot be judged; traces have no error column.
         """
-        check_choice("orders", orders, ("both", "AB", "BA"))
-        check_choice("mode", mode, ("criteria", "holistic", "both"))
+        check_reading(orders, mode)
         legs: list[Leg]
         if images_b is None:
             items = read_items(prompts, {"images": images_a}, rubric, sources, "image")

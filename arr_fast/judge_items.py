@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from arr_fast.aggregation import Mode
 from arr_fast.errors import ArrFastError, BadPromptError, RubricError
@@ -70,6 +70,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises a ValueError that lists the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_reading(orders: str, mode: str) -> None:
+    """Raises a ValueError for unknown orders, or an unknown mode."""
+    check_choice("orders", orders, get_args(Orders))
+    check_choice("mode", mode, get_args(Mode))
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -201,7 +201,7 @@ def _by_writer(
     if not isinstance(reply, TextReply):
         raise reply
     answer = parse_themes_answer(reply, len(candidates))
-    by_form: dict[str, StructuredCriterion] = {}
+    heads: dict[str, tuple[str, str, Level]] = {}
     behind: dict[str, dict[str, Candidate]] = defaultdict(dict)
     notes: list[str] = []
     for theme in answer.themes:
@@ -210,13 +210,10 @@ def _by_writer(
             text = _acceptable(merged.text, sources, outcomes, settings.general)
             if text != merged.text:
                 notes.append(f"{merged.text!r} became {text!r}: merged texts stay general")
-            form = normal_form(text)
-            behind[form] |= {source.text: source for source in sources}
             # A text that comes again adds its sources to the first.
-            first = by_form.get(form) or StructuredCriterion(text, theme.theme, merged.level, (), 0)
-            all_sources = list(behind[form].values())
-            by_form[form] = _merged(first.text, first.theme, first.level, all_sources)
-    found = list(by_form.values())
+            heads.setdefault(normal_form(text), (text, theme.theme, merged.level))
+            behind[normal_form(text)] |= {source.text: source for source in sources}
+    found = [_merged(*head, list(behind[form].values())) for form, head in heads.items()]
     if not found:
         raise AnswerError("no criterion in the structure", reply.text)
     # A stable sort keeps the writer's order of themes within a level.

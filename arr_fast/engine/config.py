@@ -16,6 +16,14 @@ from arr_fast.errors import ConfigError
 logger = logging.getLogger("arr_fast")
 
 
+_LEAST = {
+    **{"feature_cache_bytes": 0, "prefix_cache_bytes": 0},
+    **{"max_batch_rows": 1, "activation_bytes": 1, "max_vision_patches": 1},
+}
+# May be None.
+_DERIVED = ("max_batch_rows", "activation_bytes")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of an engine; all sizes are bytes unless named otherwise.
@@ -51,8 +59,12 @@ class EngineConfig:
             raise ValueError(f"compile must be True, False or 'auto', got {self.compile!r}")
         if self.prepack not in (True, False, "auto"):
             raise ValueError(f"prepack must be True, False or 'auto', got {self.prepack!r}")
-        if self.max_batch_rows is not None and self.max_batch_rows < 1:
-            raise ValueError(f"max_batch_rows must be at least 1, got {self.max_batch_rows}")
+        for name, least in _LEAST.items():
+            size = getattr(self, name)
+            if size is None and name in _DERIVED:
+                continue
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
 
 
 def resolve_compile(choice: bool | str, device: torch.device) -> bool:

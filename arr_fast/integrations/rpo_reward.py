@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from arr_fast.rpo.evaluation import load_callable
 from arr_fast.rpo.judge_config import JudgeConfig
 from arr_fast.rpo.judging import Judgement, JudgeRequest, SubmitJudge
 from arr_fast.rpo.prompts import Prompt
+from arr_fast.rpo.section import did_you_mean
 from arr_fast.rubric import Rubric
 
 PairJson = Mapping[str, Any]
@@ -211,12 +211,11 @@ def check_engines(judges: Mapping[str, JudgeConfig]) -> None:
     for name, section in judges.items():
         for key in section.engine:
             if key not in known:
-                close = get_close_matches(key, known, 1)
-                meant = f" (did you mean {close[0]}?)" if close else ""
+                meant = did_you_mean(key, known)
                 raise ConfigError(f"judges.{name}.engine: unknown key {key}{meant}")
         try:
             EngineConfig(**section.engine)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(f"judges.{name}.engine: {error}") from None
 
 

@@ -18,7 +18,7 @@ from arr_fast.ops.rpo_loss import KLForm
 from arr_fast.ops.sde_step import StepKind
 from arr_fast.rpo.judge_config import JudgeConfig
 from arr_fast.rpo.presets import PRESETS
-from arr_fast.rpo.section import Count, NonNegative, Positive, Section
+from arr_fast.rpo.section import Count, NonNegative, Positive, Section, did_you_mean
 
 PolicyKind = Literal["shapes", "flux", "sd3", "qwen_edit"]
 Preset = Literal["paper", "recommended"]
@@ -424,8 +424,6 @@ def _describe(error: ValidationError) -> str:
 
 
 def _suggestion(loc: tuple[int | str, ...]) -> str:
-    from difflib import get_close_matches
-
     section: Any = RunConfig
     for part in loc[:-1]:
         if section is None or str(part) not in section.model_fields:
@@ -434,6 +432,4 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         found = section.model_fields[str(part)]
         options = [found.annotation, *get_args(found.annotation)]
         section = next((o for o in options if hasattr(o, "model_fields")), None)
-    known = [] if section is None else list(section.model_fields)
-    close = get_close_matches(str(loc[-1]), known, 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return did_you_mean(str(loc[-1]), [] if section is None else list(section.model_fields))

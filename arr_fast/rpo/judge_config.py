@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from arr_fast.aggregation import AggregationName, Mode, rule_of
 from arr_fast.rpo.section import NonNegative, Positive, Section, Share
@@ -25,7 +25,7 @@ class JudgeOptions(Section):
     temperature: Positive | None = None
     margin: NonNegative | None = None
     inconsistent: Literal["tie", "keep"] | None = None
-    learned_weights: list[float] | None = None
+    learned_weights: list[FiniteFloat] | None = None
 
     @model_validator(mode="after")
     def _is_rule(self) -> Self:

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from arr_fast.aggregation import AggregationName
+from arr_fast.aggregation import AggregationName, Mode
 from arr_fast.images import CanonicalImage
 from arr_fast.pairwise import common
 from arr_fast.provenance import Provenance
@@ -52,7 +52,7 @@ class PairOptions:
     """Options of `Judge.compare` and `Judge.rank` that a request may set."""
 
     orders: Literal["both", "AB", "BA"] = "both"
-    mode: Literal["criteria", "holistic", "both"] = "criteria"
+    mode: Mode = "criteria"
     label_mass: bool = False
     label_mass_threshold: float = 0.5
     aggregation: AggregationName | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from arr_fast.aggregation import AggregationName, rule_of
+from arr_fast.aggregation import AggregationName, Mode, rule_of
 from arr_fast.errors import RubricError, VerdictError
 from arr_fast.images import CanonicalImage
 from arr_fast.rubric import Rubric, Task
@@ -44,7 +44,7 @@ class _PairRequest(_Request):
     """Options of pairwise judging; see `Judge.compare`."""
 
     orders: Literal["both", "AB", "BA"] = "both"
-    mode: Literal["criteria", "holistic", "both"] = "criteria"
+    mode: Mode = "criteria"
     aggregation: AggregationName | None = None
     temperature: Annotated[Finite, Field(gt=0.0)] | None = None
     margin: Annotated[Finite, Field(ge=0.0)] | None = None
@@ -237,11 +237,8 @@ class CallBuilder:
             rule = rule_of(request.aggregation, request.mode, weights)
         except VerdictError as error:
             raise BadRequestError(str(error)) from None
-        if weights is not None:
-            if rule != "learned":
-                raise BadRequestError('learned_weights are for aggregation "learned" alone')
-            if {len(rubric.criteria) for rubric in rubrics} != {len(weights)}:
-                raise BadRequestError('"learned" needs one learned_weights entry per criterion')
+        if weights is not None and {len(each.criteria) for each in rubrics} != {len(weights)}:
+            raise BadRequestError('"learned" needs one learned_weights entry per criterion')
         return PairOptions(
             orders=request.orders,
             mode=request.mode,

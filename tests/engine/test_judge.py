@@ -161,6 +161,7 @@ def test_bad_calls_are_refused(judge: Judge, arguments: dict[str, Any], message:
         (dict(aggregation="holistic"), 'mode="holistic"'),
         (dict(aggregation="mean"), "unknown aggregation 'mean'; there are: log_odds_mean"),
         (dict(aggregation="learned"), "needs learned_weights"),
+        (dict(learned_weights=[1.0, 1.0]), 'for aggregation "learned" alone'),
     ],
 )
 def test_a_rule_is_checked_before_anything_runs(

@@ -80,6 +80,11 @@ def test_the_resolved_config_reads_back_equal(tmp_path, preset):
         ("judges: {a: {options: {margin: -1}}}", r"judges.a.options.margin: .* \(got -1\)"),
         ("judges: {a: {options: {aggregation: holistic}}}", "needs the whole-rubric leaf"),
         ("judges: {a: {options: {aggregation: learned}}}", "needs learned_weights"),
+        ("judges: {a: {options: {learned_weights: [1]}}}", 'for aggregation "learned" alone'),
+        (
+            "judges: {a: {options: {aggregation: learned, learned_weights: [.nan]}}}",
+            r"judges.a.options.learned_weights.0: .*finite",
+        ),
         ("judges: {a: {url: 'http://x', adapter: b}}", "adapter is for a judge in this process"),
         ("judges: {a: {call: 'a:b', engine: {compile: true}}}", "engine is for a judge in this"),
         ("judges: {a: {quantization: int3}}", "judges.a.quantization: .*'int8' or 'fp8'"),

@@ -230,7 +230,8 @@ def test_a_judge_is_loaded_and_asked_as_configured(monkeypatch, tmp_path):
         ({"prefix_cash": "off"}, r"unknown key prefix_cash \(did you mean prefix_cache\?\)"),
         ({"prefix_cache": "all"}, "prefix_cache must be off, text or images"),
         ({"device": "cpu"}, "unknown key device"),
-        ({"max_batch_rows": "many"}, "max_batch_rows|not supported between"),
+        ({"max_batch_rows": "many"}, "max_batch_rows must be an integer of at least 1, got 'many'"),
+        ({"prefix_cache_bytes": 1e9}, "prefix_cache_bytes must be an integer of at least 0"),
     ],
 )
 def test_bad_engine_settings_are_refused_before_anything_is_loaded(monkeypatch, engine, message):
